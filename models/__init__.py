@@ -1,0 +1,1 @@
+"""Tensors. Knows no clock, no request, no HTTP, and never imports `server`."""

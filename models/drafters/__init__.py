@@ -1,0 +1,1 @@
+"""Drafters: how the next tokens are guessed."""

@@ -1,0 +1,193 @@
+"""Every message that crosses the process boundary. Frozen dataclasses, pickled; no torch, no behaviour.
+
+Invariants:
+- every `Submit` is answered by exactly one `Delta` whose `finish` is not None (its terminal delta);
+- a request's deltas arrive in order, and their `token_ids` joined are the whole completion;
+- the engine says `Ready` or `Failed` exactly once, before anything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+SpeculationMode = Literal["lossless", "typical", "off"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is sampled. Units and ranges are OpenAI's and vLLM's; the API process has validated them."""
+
+    max_tokens: int  # 0 is allowed: compute the prompt only (`echo` with `logprobs`)
+    min_tokens: int = 0  # end-of-sequence and stop tokens are impossible before this many tokens
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # besides the model's own end-of-sequence tokens
+    ignore_eos: bool = False
+    seed: int = 0  # 64-bit; drawn at random by the API process when the client gave none
+    choice: int = 0  # index of this choice in an `n > 1` request; part of the noise key, so choices differ
+    logprobs: int | None = None  # alternatives per sampled token; 0 is the sampled token alone; None is off
+    prompt_logprobs: int | None = None  # the same for prompt tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationParams:
+    """How one request is speculated. `typical` is Medusa's lossy acceptance (arXiv 2401.10774, section 2.3.1)."""
+
+    mode: SpeculationMode = "lossless"
+    max_nodes: int | None = None  # tree nodes per step, root not counted; None is the server's default
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """One choice of one prompt. `request_id` is unique among open requests."""
+
+    request_id: str
+    prompt: tuple[int, ...]  # at least one token
+    sampling: SamplingParams
+    speculation: SpeculationParams = field(default_factory=SpeculationParams)
+    priority: int = 0  # lower runs earlier, as in vLLM
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """The client went away, or the API process saw a stop string. Unknown ids are ignored: they have just ended."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Leave the loop. Open requests end with `abort`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities of the model itself: before penalties, bias, temperature and truncation (vLLM: raw_logprobs)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """Sums over one request. Accepted never counts the bonus token."""
+
+    num_spec_steps: int = 0  # steps that verified at least one node
+    num_draft_tokens: int = 0  # nodes verified
+    num_accepted_draft_tokens: int = 0
+    acceptance_histogram: tuple[int, ...] = ()  # [n]: steps with n accepted tokens
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """Said once, with the terminal delta. Times are seconds of the engine's clock."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int  # prompt tokens found in the prefix cache
+    num_output_tokens: int
+    num_preemptions: int
+    queue_seconds: float  # submit until first scheduled
+    prefill_seconds: float  # first scheduled until first token
+    decode_seconds: float  # first token until the end
+    speculation: SpeculationStats
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """News of one request: zero or more tokens, and at most once the end."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()  # as many as token_ids if asked for, else empty
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, when the prompt is computed; first is None
+    finish: FinishReason | None = None
+    stop_token_id: int | None = None  # the token that ended it; it is the last of token_ids
+    error: str | None = None  # a sentence, with finish == "error"
+    stats: RequestStats | None = None  # with finish
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """The engine after one step. Counters are this step's own, gauges are the state."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0  # 0..1; slots that a running request holds
+    num_rows: int = 0  # rows of this step's forward pass
+    num_prompt_rows: int = 0
+    step_seconds: float = 0.0
+    num_preemptions: int = 0
+    num_drafts: int = 0  # requests that verified at least one node in this step
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_depth: tuple[int, ...] = ()  # [d]: drafts whose node at depth d + 1 was accepted
+    prefix_cache_queries: int = 0  # prompt tokens looked up
+    prefix_cache_hits: int = 0  # prompt tokens found
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """One engine step: all news of all requests, in one message."""
+
+    deltas: tuple[Delta, ...]
+    stats: StepStats
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the API process must know of the loaded model."""
+
+    path: str  # folder with tokenizer.json, tokenizer_config.json, config.json
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    num_heads: int  # Medusa heads; 0 without
+    kv_cache_tokens: int
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The engine accepts requests."""
+
+    info: ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The engine could not start. `message` is one sentence that says what is wrong and what to do."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """All that the engine process is told, resolved from the settings. None means: decide at load."""
+
+    model: str  # local folder (already fetched and converted)
+    heads: str | None = None  # file or folder
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_rows: int = 512
+    kv_cache_tokens: int | None = None
+    prefix_cache: bool = True
+    num_nodes: int = 4  # default tree nodes per request and step
+    num_threads: int | None = None
+
+
+ToEngine = Submit | Abort | Shutdown
+FromEngine = Ready | Failed | StepOutput

@@ -1,0 +1,1 @@
+"""OpenAI-shaped routes: schemas, completions, chat, models, server-sent events."""
