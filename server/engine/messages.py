@@ -72,7 +72,7 @@ class Shutdown:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities of the model itself: before penalties, bias, temperature and truncation (vLLM: raw_logprobs)."""
+    """Log-probabilities of the model itself, before penalties, bias, temperature, truncation (vLLM: raw_logprobs)."""
 
     token_id: int
     logprob: float

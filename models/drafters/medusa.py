@@ -1,0 +1,48 @@
+"""From the heads' logits to candidates: the best tokens of each depth, for all drafting requests in one call.
+
+Parallel heads see the hidden state of the accepted row only, so every depth is answered at once. With temperature the
+candidates are ranked with the verifier's own noise (`log q / T + g`), which makes them the likelier samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.drafters.resblock import ResBlockHeads
+from models.sampling import Params, gumbel_from_keys, noise_key
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRow:
+    """One drafting request. `position` is the index, in prompt + output, of the first token to be guessed."""
+
+    params: Params
+    position: int
+
+
+def propose(heads: ResBlockHeads, hidden: Tensor, rows: Sequence[DraftRow], num_ranks: int) -> list[list[list[int]]]:
+    """The best `num_ranks` tokens of each depth.
+
+    hidden: [rows, hidden] of each request's last accepted row. Returns [rows][depth][rank] token ids, best first.
+    """
+    logits = heads(hidden).float()  # [rows, heads, draft_vocab]
+    noisy = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    if noisy:
+        index = torch.tensor(noisy, device=logits.device)
+        logits[index] = _perturbed(logits[index], [rows[i] for i in noisy], heads.token_ids)
+    best = logits.topk(min(num_ranks, logits.shape[-1]), dim=-1).indices
+    candidates: list[list[list[int]]] = heads.token_ids[best].tolist()
+    return candidates
+
+
+def _perturbed(logits: Tensor, rows: Sequence[DraftRow], token_ids: Tensor) -> Tensor:
+    """log q / T + g, for each depth with the noise of the position that it guesses."""
+    num_heads = logits.shape[1]
+    keys = [noise_key(r.params.seed, r.params.choice, r.position + depth) for r in rows for depth in range(num_heads)]
+    noise = gumbel_from_keys(keys, token_ids).view(len(rows), num_heads, -1)
+    temperature = torch.tensor([row.params.temperature for row in rows], device=logits.device).view(-1, 1, 1)
+    return logits.log_softmax(-1) / temperature + noise

@@ -1,0 +1,273 @@
+"""From logits to tokens: processing, truncation and shared counter-based noise, for many rows at once.
+
+Invariants:
+- a row's token is a pure function of its logits, its request's parameters, the tokens before it and its position;
+  never of the other rows, the tree or the batch;
+- every row at one position of one choice sees the same noise, so a tree's result equals one-by-one sampling;
+- order, as in vLLM: min_tokens and logit_bias, penalties, temperature, min_p, top_k, top_p, noise.
+
+`y = argmax(log p + g)` with Gumbel noise `g` is an exact sample of `p` (Gumbel-max trick); noise shared between drafter
+and verifier is Daliri et al., arXiv 2408.07978.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+NEG_INF = float("-inf")
+NUM_CANDIDATES = 256  # rows whose truncated set is larger are processed again over the whole vocabulary
+
+
+class Params(Protocol):
+    """What is read of a request's sampling parameters; see `server.engine.messages.SamplingParams`."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def presence_penalty(self) -> float: ...
+    @property
+    def frequency_penalty(self) -> float: ...
+    @property
+    def repetition_penalty(self) -> float: ...
+    @property
+    def logit_bias(self) -> tuple[tuple[int, float], ...]: ...
+    @property
+    def min_tokens(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def choice(self) -> int: ...
+
+
+@dataclass(slots=True)
+class History:
+    """What the penalties know of one request: grows with its tokens, is rebuilt from them after a preemption."""
+
+    vocab_size: int
+    num_prompt: int
+    device: torch.device
+    num_counted: int = 0
+    counts: Tensor = field(init=False)  # [vocab] float32, occurrences in the output
+    seen: Tensor = field(init=False)  # [vocab] bool, in prompt or output
+
+    def __post_init__(self) -> None:
+        self.counts = torch.zeros(self.vocab_size, device=self.device)
+        self.seen = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.device)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Count what is new in `tokens`, the request's whole prompt and output."""
+        output_start = max(self.num_counted, self.num_prompt)
+        new = torch.tensor(tokens[self.num_counted :], dtype=torch.long, device=self.device)
+        output = torch.tensor(tokens[output_start:], dtype=torch.long, device=self.device)
+        self.seen[new] = True
+        self.counts.index_add_(0, output, torch.ones(len(output), device=self.device))
+        self.num_counted = len(tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of logits: whose it is, and the path that led to it."""
+
+    params: Params
+    position: int  # index, in prompt + output, of the token to be drawn
+    num_output: int  # output tokens before it, its path included
+    path: tuple[int, ...] = ()  # tokens of its nodes, below what `history` has counted
+    banned_early: tuple[int, ...] = ()  # impossible while num_output < min_tokens
+    history: History | None = None  # present iff a penalty is set
+
+
+def needs_history(params: Params) -> bool:
+    """Does any penalty apply?"""
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Draw one token for each row.
+
+    logits: [rows, vocab] float32, raw; unchanged. Returns [rows] int64.
+    """
+    logits = adjust(logits, rows)
+    tokens = logits.argmax(-1)
+    sampled = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    if sampled:
+        index = torch.tensor(sampled, device=logits.device)
+        tokens[index] = _draw(logits[index], [rows[i] for i in sampled])
+    return tokens
+
+
+def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """min_tokens, logit_bias and penalties: all that moves even the greedy choice. Copies only if there is any."""
+    touched = [(i, row) for i, row in enumerate(rows) if _is_adjusted(row)]
+    if not touched:
+        return logits
+    logits = logits.clone()
+    for i, row in touched:
+        _adjust_row(logits[i], row)
+    return logits
+
+
+def _is_adjusted(row: Row) -> bool:
+    too_early = row.num_output < row.params.min_tokens and bool(row.banned_early)
+    return too_early or bool(row.params.logit_bias) or row.history is not None
+
+
+def _adjust_row(logits: Tensor, row: Row) -> None:  # [vocab], in place
+    params = row.params
+    if row.num_output < params.min_tokens and row.banned_early:
+        logits[list(row.banned_early)] = NEG_INF
+    if params.logit_bias:
+        ids = torch.tensor([token for token, _ in params.logit_bias], device=logits.device)
+        logits[ids] += torch.tensor([bias for _, bias in params.logit_bias], device=logits.device)
+    if row.history is not None:
+        _penalise(logits, row.history, row)
+
+
+def _penalise(logits: Tensor, history: History, row: Row) -> None:  # [vocab], in place
+    counts, seen = history.counts, history.seen
+    if row.path:
+        path = torch.tensor(row.path, device=logits.device)
+        counts = counts.index_add(0, path, torch.ones(len(row.path), device=logits.device))
+        seen = seen.index_fill(0, path, True)
+    penalty = row.params.repetition_penalty
+    if penalty != 1.0:
+        logits.copy_(torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits))
+    logits -= row.params.frequency_penalty * counts
+    logits -= row.params.presence_penalty * (counts > 0)
+
+
+def log_distribution(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The exact processed distribution of each row, dense; what `sample` draws from.
+
+    logits: [rows, vocab] raw. Returns [rows, vocab] log-probabilities, -inf where truncated; greedy rows are one-hot.
+    """
+    scores = adjust(logits, rows)
+    scaled = scores / _column([row.params.temperature or 1.0 for row in rows], scores)
+    values, order = scaled.sort(dim=-1, descending=True, stable=True)
+    kept = _kept(values, scaled.logsumexp(-1), rows)
+    greedy = _column([float(row.params.temperature == 0) for row in rows], scores) > 0
+    first = torch.arange(values.shape[-1], device=values.device) == 0
+    kept = torch.where(greedy, first, kept)
+    truncated = torch.full_like(scaled, NEG_INF).scatter(-1, order, values.masked_fill(~kept, NEG_INF))
+    return truncated.log_softmax(-1)
+
+
+def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """[rows, vocab] adjusted logits of rows with temperature > 0 -> [rows] tokens."""
+    scaled = logits / _column([row.params.temperature for row in rows], logits)
+    whole = [i for i, row in enumerate(rows) if not _is_truncated(row.params)]
+    part = [i for i, row in enumerate(rows) if _is_truncated(row.params)]
+    tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
+    if whole:
+        index = torch.tensor(whole, device=logits.device)
+        noise = gumbel([rows[i] for i in whole], torch.arange(logits.shape[-1], device=logits.device))
+        tokens[index] = (scaled[index] + noise).argmax(-1)
+    if part:
+        index = torch.tensor(part, device=logits.device)
+        tokens[index] = _draw_truncated(scaled[index], [rows[i] for i in part])
+    return tokens
+
+
+def _is_truncated(params: Params) -> bool:
+    return params.top_p < 1.0 or params.top_k > 0 or params.min_p > 0.0
+
+
+def _draw_truncated(scaled: Tensor, rows: Sequence[Row], num_candidates: int = NUM_CANDIDATES) -> Tensor:
+    """Draw among the best `num_candidates`; rows that may keep more than those are drawn again over all."""
+    num_candidates = min(num_candidates, scaled.shape[-1])
+    values, ids = scaled.topk(num_candidates, dim=-1)  # [rows, candidates], sorted
+    kept = _kept(values, scaled.logsumexp(-1), rows)
+    scores = (values + gumbel(rows, ids)).masked_fill(~kept, NEG_INF)
+    tokens = ids.gather(-1, scores.argmax(-1, keepdim=True)).squeeze(-1)
+    if num_candidates < scaled.shape[-1]:
+        unsure = kept[:, -1].nonzero().flatten()
+        if len(unsure):
+            again = [rows[i] for i in unsure.tolist()]
+            tokens[unsure] = _draw_truncated(scaled[unsure], again, scaled.shape[-1])
+    return tokens
+
+
+def _kept(values: Tensor, log_total: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Which of the sorted candidates survive min_p, then top_k, then top_p, each renormalised.
+
+    values: [rows, candidates] scaled logits, descending. log_total: [rows] logsumexp over the whole vocabulary.
+    Each rule keeps a prefix of the sorted candidates. Returns [rows, candidates] bool; the first is always kept.
+    """
+    ranks = torch.arange(values.shape[-1], device=values.device)
+    top_k = _column([float(row.params.top_k or values.shape[-1]) for row in rows], values)
+    min_p = _column([row.params.min_p for row in rows], values)
+    top_p = _column([row.params.top_p for row in rows], values)
+    kept = (ranks < top_k) & (values >= values[:, :1] + min_p.log())
+    renormalised = values.masked_fill(~kept, NEG_INF).logsumexp(-1)
+    shortened = _column([float(row.params.top_k > 0 or row.params.min_p > 0) for row in rows], values)[:, 0] > 0
+    total = torch.where(shortened, renormalised, log_total).unsqueeze(-1)
+    probabilities = (values - total).exp()
+    before = probabilities.cumsum(-1) - probabilities
+    return kept & ((before < top_p) | (top_p >= 1.0) | (ranks == 0))
+
+
+def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device=like.device).unsqueeze(-1)  # [rows, 1]
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """[rows, vocab] log-probabilities -> [rows] nats."""
+    return -(log_probs.exp() * log_probs.clamp_min(-1e9)).sum(-1)
+
+
+def gumbel(rows: Sequence[Row], tokens: Tensor) -> Tensor:
+    """Gumbel noise of each row at `tokens`: [vocab] shared by all rows, or [rows, candidates]. Returns [rows, ...]."""
+    keys = [noise_key(row.params.seed, row.params.choice, row.position) for row in rows]
+    if tokens.dim() > 1:
+        return gumbel_from_keys(keys, tokens)
+    unique = list(dict.fromkeys(keys))  # siblings share their position's noise
+    index = torch.tensor([unique.index(key) for key in keys], device=tokens.device)
+    return gumbel_from_keys(unique, tokens)[index]
+
+
+def gumbel_from_keys(keys: Sequence[int], tokens: Tensor) -> Tensor:
+    """float32 noise, a hash of (key, token id) and nothing else: the same on every device and in every batch shape."""
+    key = torch.tensor(keys, dtype=torch.long, device=tokens.device).unsqueeze(-1)  # [rows, 1]
+    bits = _mix(key + tokens * _signed(_GOLDEN))
+    uniform = ((bits >> 11) & (2**53 - 1)).to(torch.float32) * 2.0**-53 + 2.0**-54  # (0, 1], fine near 0
+    exponential = -torch.log1p(-uniform.clamp_max(1.0 - 2.0**-24))
+    return -exponential.log()
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = 2**64 - 1
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser (Steele et al., OOPSLA 2014) on int64, which wraps around."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def _mix_int(x: int) -> int:
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def noise_key(seed: int, choice: int, position: int) -> int:
+    """Key of one position's noise, as a signed 64-bit integer."""
+    key = seed & _MASK
+    for part in (choice, position):
+        key = _mix_int((key + (part + 1) * _GOLDEN) & _MASK)
+    return _signed(key)

@@ -1,0 +1,202 @@
+"""The engine without its process: submit, abort, and `step`, which schedules, drafts, runs and updates.
+
+Invariants:
+- every submitted request gets exactly one terminal delta, from `step`, `abort` or `shutdown`;
+- between steps, `scheduler.check()` holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from time import monotonic
+from typing import Protocol
+
+from server.engine.controller import Controller
+from server.engine.messages import (
+    Delta,
+    EngineConfig,
+    FinishReason,
+    ModelInfo,
+    StepOutput,
+    StepStats,
+    Submit,
+    TokenLogprobs,
+)
+from server.engine.request import Outcome, Request, Work
+from server.engine.scheduler import Scheduler
+
+TreeShape = tuple[tuple[int, ...], tuple[int, ...]]  # tokens, parents
+
+
+class ModelRunner(Protocol):
+    """What the engine needs of `runner.Runner`; tests bring models without tensors."""
+
+    info: ModelInfo
+
+    def can_draft(self, request: Request) -> bool:
+        """Is there a hidden state to draft from?"""
+
+    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[TreeShape]:
+        """A tree of at most so many nodes for each request, no deeper than the request can still use."""
+
+    def run(self, works: Sequence[Work]) -> list[Outcome]:
+        """One forward pass and its verification, in order."""
+
+    def forget(self, request: Request) -> None:
+        """Drop all state of a request that ended or was preempted."""
+
+
+class Engine:
+    """One model, many requests."""
+
+    def __init__(self, config: EngineConfig, runner: ModelRunner, clock: Callable[[], float] = monotonic) -> None:
+        self.runner = runner
+        self.scheduler = Scheduler(
+            runner.info.kv_cache_tokens,
+            max_num_seqs=min(config.max_num_seqs, config.max_num_batched_rows),
+            max_num_batched_rows=config.max_num_batched_rows,
+            use_prefix_cache=config.prefix_cache,
+        )
+        self._controller = Controller(config.num_nodes)
+        self._clock = clock
+        self._requests: dict[str, Request] = {}
+        self._num_arrived = 0
+        self._eos = frozenset(runner.info.eos_token_ids)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def submit(self, submit: Submit) -> Delta | None:
+        """Queue a request. Returns its terminal delta if it can never run."""
+        error = self._refusal(submit)
+        if error is not None:
+            return Delta(submit.request_id, finish="error", error=error)
+        request = Request(submit, self._num_arrived, self._clock())
+        self._num_arrived += 1
+        self._requests[request.id] = request
+        self.scheduler.add(request)
+        return None
+
+    def abort(self, request_id: str) -> Delta | None:
+        """End a request now. Nothing happens if it has ended before."""
+        request = self._requests.get(request_id)
+        return None if request is None else self._end(request, Delta(request_id), "abort")
+
+    def shutdown(self) -> StepOutput:
+        """Abort everything."""
+        deltas = [self.abort(request_id) for request_id in list(self._requests)]
+        return StepOutput(tuple(delta for delta in deltas if delta is not None), self._gauges())
+
+    def step(self) -> StepOutput:
+        """One forward pass for whoever is due, and all that follows from it."""
+        started = self._clock()
+        works, preempted = self.scheduler.schedule()
+        for request in preempted:
+            self._forget_progress(request)
+        for work in works:
+            if work.request.first_scheduled_time is None:
+                work.request.first_scheduled_time = started
+        self._grow_trees(works)
+        outcomes = self.runner.run(works) if works else []
+        deltas = [self._update(work, outcome) for work, outcome in zip(works, outcomes, strict=True)]
+        stats = self._stats(works, outcomes, self._clock() - started)
+        return StepOutput(tuple(delta for delta in deltas if delta is not None), stats)
+
+    def _refusal(self, submit: Submit) -> str | None:
+        """Why this request can never run; the API process has said so before, in OpenAI's words."""
+        info, num_prompt = self.runner.info, len(submit.prompt)
+        if submit.request_id in self._requests:
+            return f"Request id {submit.request_id!r} is in use: ids must be unique among open requests."
+        if num_prompt == 0:
+            return "The prompt is empty: send at least one token."
+        if num_prompt + max(submit.sampling.max_tokens, 1) > info.max_model_len + (submit.sampling.max_tokens == 0):
+            return (
+                f"The prompt has {num_prompt} tokens; with the completion it exceeds the {info.max_model_len} allowed."
+            )
+        if not all(0 <= token < info.vocab_size for token in submit.prompt):
+            return f"A prompt token is outside the vocabulary of {info.vocab_size}: check the tokenizer in use."
+        return None
+
+    def _grow_trees(self, works: Sequence[Work]) -> None:
+        """Draft for decoding requests and hang the trees below their roots."""
+        drafting = [work for work in works if work.reaches_end and self.runner.can_draft(work.request)]
+        requests = [work.request for work in drafting]
+        num_nodes = self._controller.allot(requests, self.scheduler.rows_left(works))
+        chosen = [i for i, nodes in enumerate(num_nodes) if nodes > 0]
+        trees = self.runner.draft([requests[i] for i in chosen], [num_nodes[i] for i in chosen])
+        for i, (tokens, parents) in zip(chosen, trees, strict=True):
+            self.scheduler.place(drafting[i], tokens, parents)
+
+    def _update(self, work: Work, outcome: Outcome) -> Delta | None:
+        """Commit what one request has won in this step, and end it if that was all."""
+        request = work.request
+        self.scheduler.commit(work, outcome.path)
+        prompt_logprobs = self._collect_prompt_logprobs(request, outcome)
+        if not work.reaches_end:
+            return None
+        if work.node_tokens:
+            request.speculation.add(len(work.node_tokens), len(outcome.path))
+        if request.first_token_time is None:
+            request.first_token_time = self._clock()
+        tokens, finish = self._append(request, outcome.token_ids)
+        delta = Delta(request.id, tokens, outcome.logprobs[: len(tokens)], prompt_logprobs)
+        if finish is None:
+            return delta
+        return self._end(request, replace(delta, stop_token_id=tokens[-1] if finish == "stop" else None), finish)
+
+    def _append(self, request: Request, token_ids: Sequence[int]) -> tuple[tuple[int, ...], FinishReason | None]:
+        """Append tokens until one of them ends the request; later ones never were."""
+        if request.submit.sampling.max_tokens == 0:
+            return (), "length"
+        for count, token in enumerate(token_ids, 1):
+            request.tokens.append(token)
+            finish = request.finish_reason(token, self._eos, self.runner.info.max_model_len)
+            if finish is not None:
+                return tuple(token_ids[:count]), finish
+        return tuple(token_ids), None
+
+    def _collect_prompt_logprobs(self, request: Request, outcome: Outcome) -> tuple[TokenLogprobs | None, ...] | None:
+        """The prompt's log-probabilities, once they are complete."""
+        if request.prompt_logprobs is None:
+            return None
+        request.prompt_logprobs.extend(outcome.prompt_logprobs)
+        if request.num_computed < request.num_prompt:
+            return None
+        collected, request.prompt_logprobs = tuple(request.prompt_logprobs), None
+        return collected
+
+    def _forget_progress(self, request: Request) -> None:
+        """A preempted request starts over; what it has sent to the client stays sent."""
+        self.runner.forget(request)
+        if request.prompt_logprobs is not None:
+            request.prompt_logprobs = [None]
+
+    def _end(self, request: Request, delta: Delta, finish: FinishReason) -> Delta:
+        del self._requests[request.id]
+        self.scheduler.finish(request)
+        self.runner.forget(request)
+        return replace(delta, finish=finish, stats=request.stats(self._clock()))
+
+    def _gauges(self) -> StepStats:
+        scheduler = self.scheduler
+        used = 1 - scheduler.num_available / max(scheduler.slots.num_slots, 1)
+        return StepStats(num_running=len(scheduler.running), num_waiting=len(scheduler.waiting), kv_cache_usage=used)
+
+    def _stats(self, works: Sequence[Work], outcomes: Sequence[Outcome], seconds: float) -> StepStats:
+        drafts = [(work, outcome) for work, outcome in zip(works, outcomes, strict=True) if work.node_tokens]
+        accepted = [len(outcome.path) for _, outcome in drafts]
+        return replace(
+            self._gauges(),
+            num_rows=sum(work.num_chain + len(work.node_tokens) for work in works),
+            num_prompt_rows=sum(work.num_chain - work.reaches_end for work in works),
+            step_seconds=seconds,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_drafts=len(drafts),
+            num_draft_tokens=sum(len(work.node_tokens) for work, _ in drafts),
+            num_accepted_tokens=sum(accepted),
+            accepted_per_depth=tuple(sum(n > d for n in accepted) for d in range(max(accepted, default=0))),
+            prefix_cache_queries=self.scheduler.prefix_queries,
+            prefix_cache_hits=self.scheduler.prefix_hits,
+        )

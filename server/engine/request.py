@@ -1,0 +1,153 @@
+"""What the engine remembers of one request, and of its part in one step.
+
+Invariants:
+- `tokens` is prompt + output; the last token of a decoding request, the root, has no K and V yet;
+- `slots[i]` holds the K and V of `tokens[i]`, for the first `num_computed` tokens;
+- the first `num_shared` slots are the prefix cache's, locked through `prefix_node`; the others are the request's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from server.engine.messages import (
+    FinishReason,
+    RequestStats,
+    SpeculationStats,
+    Submit,
+    TokenLogprobs,
+)
+from server.engine.prefix import Node
+
+
+@dataclass(slots=True)
+class SpeculationCounters:
+    """Mutable sums behind `SpeculationStats`."""
+
+    num_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted: int = 0
+    histogram: list[int] = field(default_factory=list)
+
+    def add(self, num_nodes: int, num_accepted: int) -> None:
+        self.num_steps += 1
+        self.num_draft_tokens += num_nodes
+        self.num_accepted += num_accepted
+        self.histogram.extend([0] * (num_accepted + 1 - len(self.histogram)))
+        self.histogram[num_accepted] += 1
+
+    def stats(self) -> SpeculationStats:
+        return SpeculationStats(self.num_steps, self.num_draft_tokens, self.num_accepted, tuple(self.histogram))
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One open request."""
+
+    submit: Submit
+    arrival: int  # running number, for first-come first-served
+    submit_time: float
+    tokens: list[int] = field(init=False)
+    slots: list[int] = field(default_factory=list)
+    num_shared: int = 0
+    prefix_node: Node | None = None
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # being collected; None when off or already sent
+    speculation: SpeculationCounters = field(default_factory=SpeculationCounters)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.submit.prompt)
+        if self.submit.sampling.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+
+    @property
+    def id(self) -> str:
+        return self.submit.request_id
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: lower priority number, then earlier arrival."""
+        return self.submit.priority, self.arrival
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.submit.prompt)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_computed(self) -> int:
+        return len(self.slots)
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens whose K and V are to be computed: 1 is a decode step."""
+        return len(self.tokens) - len(self.slots)
+
+    @property
+    def own_slots(self) -> list[int]:
+        return self.slots[self.num_shared :]
+
+    def finish_reason(self, token: int, eos_token_ids: frozenset[int], max_model_len: int) -> FinishReason | None:
+        """Does the request end with `token`, which has just been appended?"""
+        sampling = self.submit.sampling
+        is_eos = token in eos_token_ids and not sampling.ignore_eos
+        if self.num_output >= sampling.min_tokens and (is_eos or token in sampling.stop_token_ids):
+            return "stop"
+        if self.num_output >= sampling.max_tokens or len(self.tokens) >= max_model_len:
+            return "length"
+        return None
+
+    def stats(self, now: float) -> RequestStats:
+        started = now if self.first_scheduled_time is None else self.first_scheduled_time
+        first_token = now if self.first_token_time is None else self.first_token_time
+        return RequestStats(
+            num_prompt_tokens=self.num_prompt,
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=self.num_output,
+            num_preemptions=self.num_preemptions,
+            queue_seconds=started - self.submit_time,
+            prefill_seconds=first_token - started,
+            decode_seconds=now - first_token,
+            speculation=self.speculation.stats(),
+        )
+
+
+@dataclass(slots=True)
+class Work:
+    """One request's rows in one step: a chain of its own tokens and, below the last of them, tree nodes."""
+
+    request: Request
+    start: int  # index of the chain's first token; equals num_computed
+    chain_slots: list[int]
+    node_tokens: tuple[int, ...] = ()
+    node_parents: tuple[int, ...] = ()
+    node_slots: list[int] = field(default_factory=list)
+
+    @property
+    def num_chain(self) -> int:
+        return len(self.chain_slots)
+
+    @property
+    def reaches_end(self) -> bool:
+        """The chain ends with the last known token, so its last row is sampled from."""
+        return self.start + len(self.chain_slots) == len(self.request.tokens)
+
+    @property
+    def chain_tokens(self) -> list[int]:
+        return self.request.tokens[self.start : self.start + len(self.chain_slots)]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the runner found for one `Work`. Nothing at all for a chunk that does not reach the end."""
+
+    token_ids: tuple[int, ...] = ()  # accepted tokens, then the bonus
+    path: tuple[int, ...] = ()  # accepted nodes; one fewer than token_ids
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens after each chain row, as far as known

@@ -1,0 +1,271 @@
+"""The engine over a model without tensors: nothing is lost, whatever happens in whatever order."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+import pytest
+from fakes import EOS, VOCAB, FakeRunner, reference
+
+from server.engine.core import Engine
+from server.engine.messages import Delta, EngineConfig, SamplingParams, SpeculationParams, StepOutput, StepStats, Submit
+
+
+def make_engine(num_slots: int = 200, *, max_model_len: int = 60, seed: int = 0, **config: object) -> Engine:
+    return Engine(
+        EngineConfig("fake", **{"num_nodes": 5, **config}),  # type: ignore[arg-type]
+        FakeRunner(num_slots, max_model_len=max_model_len, seed=seed),
+    )
+
+
+def submit(name: str, prompt: list[int], max_tokens: int = 10, **sampling: object) -> Submit:
+    params = SamplingParams(max_tokens, temperature=0, **sampling)  # type: ignore[arg-type]
+    return Submit(name, tuple(prompt), params)
+
+
+def drain(engine: Engine, limit: int = 10_000) -> list[Delta]:
+    deltas: list[Delta] = []
+    for _ in range(limit):
+        if not engine.has_work:
+            return deltas
+        deltas.extend(engine.step().deltas)
+        engine.scheduler.check()
+    raise AssertionError("the engine does not come to an end")
+
+
+def text(deltas: list[Delta], name: str) -> list[int]:
+    return [token for delta in deltas if delta.request_id == name for token in delta.token_ids]
+
+
+@pytest.mark.parametrize("num_nodes", [0, 1, 7, 63])
+def test_output_is_the_models_own_whatever_the_tree(num_nodes: int) -> None:
+    engine = make_engine(num_nodes=num_nodes)
+    assert engine.submit(submit("a", [1, 2, 3], 30, ignore_eos=True)) is None
+    deltas = drain(engine)
+    assert text(deltas, "a") == reference([1, 2, 3], 30, ignore_eos=True)
+    assert deltas[-1].finish == "length"
+
+
+def test_speculation_saves_steps_and_counts_what_it_did() -> None:
+    engine = make_engine(num_nodes=10)
+    engine.submit(submit("a", [1, 2, 3], 40, ignore_eos=True))
+    deltas = drain(engine)
+    stats = deltas[-1].stats
+    assert stats is not None
+    spec = stats.speculation
+    assert len(deltas) < 40
+    assert spec.num_spec_steps + spec.num_accepted_draft_tokens >= 39  # the first token came from the prompt's step
+    assert sum(spec.acceptance_histogram) == spec.num_spec_steps
+    assert sum(n * steps for n, steps in enumerate(spec.acceptance_histogram)) == spec.num_accepted_draft_tokens
+
+
+def test_eos_ends_a_request_and_nothing_after_it_is_emitted() -> None:
+    prompt = next([p] for p in range(1, VOCAB) if EOS in reference([p], 40))
+    engine = make_engine(num_nodes=20)
+    engine.submit(submit("a", prompt, 40))
+    deltas = drain(engine)
+    assert text(deltas, "a") == reference(prompt, 40)
+    assert deltas[-1].finish == "stop"
+    assert deltas[-1].stop_token_id == EOS
+
+
+def test_stop_token_ids_and_model_length_end_a_request() -> None:
+    expected = reference([4], 30, ignore_eos=True)
+    engine = make_engine(max_model_len=20)
+    engine.submit(submit("stop", [4], 15, ignore_eos=True, stop_token_ids=(expected[3],)))
+    engine.submit(submit("long", [4], 19, ignore_eos=True))
+    deltas = drain(engine)
+    assert text(deltas, "stop") == expected[: expected.index(expected[3]) + 1]
+    assert text(deltas, "long") == expected[:19]
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        (submit("x", []), "empty"),
+        (submit("x", [1] * 60), "exceeds"),
+        (submit("x", [1], 60), "exceeds"),
+        (submit("x", [VOCAB]), "vocabulary"),
+    ],
+)
+def test_impossible_requests_are_refused_with_a_sentence(bad: Submit, word: str) -> None:
+    refusal = make_engine().submit(bad)
+    assert refusal is not None
+    assert refusal.finish == "error"
+    assert word in (refusal.error or "")
+
+
+def test_a_used_id_is_refused_and_the_first_request_goes_on() -> None:
+    engine = make_engine()
+    engine.submit(submit("a", [1], 5, ignore_eos=True))
+    refusal = engine.submit(submit("a", [2]))
+    assert refusal is not None
+    assert refusal.finish == "error"
+    assert text(drain(engine), "a") == reference([1], 5, ignore_eos=True)
+
+
+def test_per_request_nodes_and_mode_are_obeyed() -> None:
+    engine = make_engine(num_nodes=8)
+    sampling = SamplingParams(20, temperature=0, ignore_eos=True)
+    engine.submit(Submit("off", (1,), sampling, SpeculationParams(mode="off")))
+    engine.submit(Submit("two", (2,), sampling, SpeculationParams(max_nodes=2)))
+    ends = {delta.request_id: delta for delta in drain(engine) if delta.finish}
+    assert ends["off"].stats is not None
+    assert ends["two"].stats is not None
+    assert ends["off"].stats.speculation.num_spec_steps == 0
+    two = ends["two"].stats.speculation
+    assert 0 < two.num_draft_tokens <= 2 * two.num_spec_steps
+
+
+def test_row_and_sequence_limits_hold() -> None:
+    engine = make_engine(400, max_num_seqs=3, max_num_batched_rows=8, num_nodes=20)
+    for i in range(7):
+        engine.submit(submit(str(i), [i + 1] * 20, 10, ignore_eos=True))
+    running = []
+    while engine.has_work:
+        running.append(engine.step().stats.num_running)
+    assert max(running) <= 3
+    assert isinstance(engine.runner, FakeRunner)
+    assert max(engine.runner.num_rows) <= 8
+
+
+def test_long_prompts_are_chunked_while_others_decode() -> None:
+    engine = make_engine(300, max_num_batched_rows=8, num_nodes=0)
+    engine.submit(submit("short", [1], 20, ignore_eos=True))
+    engine.step()
+    engine.submit(submit("long", [2] * 40, 5, ignore_eos=True))
+    outputs = [engine.step() for _ in range(5)]
+    assert all(any(delta.request_id == "short" for delta in output.deltas) for output in outputs)
+    assert text(drain(engine), "long") == reference([2] * 40, 5, ignore_eos=True)
+
+
+def test_prefix_cache_is_hit_and_changes_nothing() -> None:
+    engine = make_engine()
+    prompt = [1, 2, 3, 4, 5, 6]
+    engine.submit(submit("a", prompt, 8, ignore_eos=True))
+    first = drain(engine)
+    engine.submit(submit("b", prompt, 8, ignore_eos=True))
+    second = drain(engine)
+    assert text(first, "a") == text(second, "b")
+    stats = second[-1].stats
+    assert stats is not None
+    assert stats.num_cached_tokens == 5
+
+
+def test_twins_compute_their_prompt_once() -> None:
+    engine = make_engine(max_num_batched_rows=16, num_nodes=0)
+    for name in "abc":
+        engine.submit(submit(name, [7] * 30, 4, ignore_eos=True))
+    rows = 0
+    cached = {}
+    while engine.has_work:
+        output = engine.step()
+        rows += output.stats.num_rows
+        cached |= {d.request_id: d.stats.num_cached_tokens for d in output.deltas if d.stats}
+    assert cached == {"a": 0, "b": 29, "c": 29}
+    assert rows == 30 + 1 + 1 + 3 * 3
+
+
+def test_priority_goes_first() -> None:
+    engine = make_engine(max_num_seqs=1)
+    engine.submit(submit("first", [1], 3, ignore_eos=True))
+    engine.submit(submit("late", [2], 3, ignore_eos=True))
+    engine.submit(Submit("urgent", (3,), SamplingParams(3, temperature=0, ignore_eos=True), priority=-1))
+    ends = [delta.request_id for delta in drain(engine) if delta.finish]
+    assert ends == ["urgent", "first", "late"]
+
+
+def test_preemption_recomputes_and_changes_nothing() -> None:
+    engine = make_engine(64, max_model_len=60, num_nodes=4)
+    for i in range(4):
+        engine.submit(submit(str(i), [i + 1] * 5, 40, ignore_eos=True))
+    deltas = drain(engine)
+    for i in range(4):
+        assert text(deltas, str(i)) == reference([i + 1] * 5, 40, ignore_eos=True)
+    assert sum(delta.stats.num_preemptions for delta in deltas if delta.stats) > 0
+
+
+def test_prompt_logprobs_come_once_and_complete_even_when_chunked() -> None:
+    engine = make_engine(max_num_batched_rows=4)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    engine.submit(submit("warm", prompt, 2))
+    drain(engine)
+    engine.submit(submit("a", prompt, 0, prompt_logprobs=0))
+    deltas = drain(engine)
+    assert len(deltas) == 1
+    assert deltas[0].finish == "length"
+    assert deltas[0].token_ids == ()
+    collected = deltas[0].prompt_logprobs
+    assert collected is not None
+    assert [entry and entry.token_id for entry in collected] == [None, *prompt[1:]]
+
+
+def test_abort_frees_everything_at_once() -> None:
+    engine = make_engine(prefix_cache=False)
+    engine.submit(submit("a", [1, 2, 3], 30, ignore_eos=True))
+    engine.step()
+    ended = engine.abort("a")
+    assert ended is not None
+    assert ended.finish == "abort"
+    assert engine.abort("a") is None
+    assert engine.scheduler.slots.num_free == 200
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_nothing_is_lost_at_random(seed: int) -> None:
+    """Submit, abort, preempt and finish at random; over all seeds some thousands of requests."""
+    rng = random.Random(seed)
+    engine = make_engine(
+        rng.choice([50, 64, 120]),
+        max_model_len=48,
+        seed=seed,
+        num_nodes=rng.choice([0, 3, 9]),
+        max_num_seqs=rng.choice([1, 4, 12]),
+        max_num_batched_rows=rng.choice([12, 16, 64]),
+        prefix_cache=rng.random() < 0.8,
+    )
+    submitted: dict[str, Submit] = {}
+    got: dict[str, list[int]] = defaultdict(list)
+    ends: dict[str, list[Delta]] = defaultdict(list)
+
+    def note(output: StepOutput) -> None:
+        for delta in output.deltas:
+            assert not ends[delta.request_id], "news after the end"
+            got[delta.request_id].extend(delta.token_ids)
+            if delta.finish:
+                ends[delta.request_id].append(delta)
+
+    for turn in range(400):
+        if rng.random() < 0.4:
+            prompt = [rng.randrange(1, 4) for _ in range(rng.randrange(1, 25))]
+            new = Submit(
+                str(turn),
+                tuple(prompt),
+                SamplingParams(rng.randrange(1, 48 - len(prompt)), temperature=0, ignore_eos=rng.random() < 0.5),
+                priority=rng.choice([0, 0, 0, -1, 3]),
+            )
+            submitted[new.request_id] = new
+            assert engine.submit(new) is None
+        if rng.random() < 0.1 and submitted:
+            name = rng.choice(list(submitted))
+            ended = engine.abort(name)
+            if ended is not None:
+                note(StepOutput((ended,), StepStats()))
+        if engine.has_work:
+            note(engine.step())
+        engine.scheduler.check()
+    while engine.has_work:
+        note(engine.step())
+        engine.scheduler.check()
+    assert len(submitted) > 100
+    for name, request in submitted.items():
+        assert len(ends[name]) == 1
+        expected = reference(
+            request.prompt, request.sampling.max_tokens, ignore_eos=request.sampling.ignore_eos, limit=48
+        )
+        if ends[name][0].finish == "abort":
+            assert got[name] == expected[: len(got[name])]
+        else:
+            assert got[name] == expected
