@@ -112,7 +112,7 @@ class Scheduler:
 
     def _admit(self, works: list[Work]) -> None:
         """Start waiting requests in order while seats, rows and slots last."""
-        computing = {r.submit.prompt for r in self.running if r.num_computed < r.num_prompt}
+        computing = {r.submit.prompt for r in self.running if r.num_prompt - r.num_computed > 1}
         for request in list(self.waiting):
             if len(self.running) >= self._max_num_seqs or _num_rows(works) >= self._max_rows or self._preempted:
                 return
@@ -120,7 +120,8 @@ class Scheduler:
                 continue  # its twin's prompt will be in the cache in a few steps
             if not self._start(request):
                 return
-            computing.add(request.submit.prompt)
+            if request.num_prompt - request.num_computed > 1:
+                computing.add(request.submit.prompt)
             self._extend(works, request)
 
     def _start(self, request: Request) -> bool:

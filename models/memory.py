@@ -1,0 +1,28 @@
+"""How much memory the KV pool may take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+CPU_SHARE = 0.5  # of what is free: activations, the prefix of other programs and the page cache need the rest
+GPU_SHARE = 0.85
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes for the pool on `device`, after the weights are loaded. Containers' limits are respected."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE)
+    return int(min(psutil.virtual_memory().available, _cgroup_free(_CGROUP)) * CPU_SHARE)
+
+
+def _cgroup_free(folder: Path) -> int:
+    """What the control group (version 2) leaves; huge if there is no limit."""
+    try:
+        limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
+    except OSError:
+        return 2**62
+    return 2**62 if limit == "max" else max(int(limit) - int(used), 0)

@@ -1,0 +1,273 @@
+"""The one door to `models/`: loads the model, its heads and its pool, and turns `Work` into `Outcome`.
+
+Invariants:
+- a request's hidden state is that of its last accepted row, so drafts start right after its root;
+- logits are computed for roots, nodes and asked-for prompt rows only;
+- nothing here decides who runs, and nothing in `models` knows of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import memory, sampling, verify
+from models.backbone import Backbone
+from models.batch import Segment, build_batch
+from models.checkpoint import CheckpointError, load_heads
+from models.drafters.medusa import DraftRow, propose
+from models.drafters.resblock import DEFAULT_ACCURACIES, ResBlockHeads
+from models.kv_pool import KVPool
+from models.probe import BackboneError
+from models.sampling import History, Row
+from models.tree import Tree, best_static_choices, tree_from_choices
+from server.engine.core import TreeShape
+from server.engine.messages import EngineConfig, ModelInfo, TokenLogprobs
+from server.engine.request import Outcome, Request, Work
+from server.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+
+class Runner:
+    """Implements `core.ModelRunner` with tensors."""
+
+    def __init__(self, backbone: Backbone, heads: ResBlockHeads | None, config: EngineConfig) -> None:
+        """Take a loaded model and make its pool. Raises `StartupError` if the limits cannot be met."""
+        self.backbone = backbone
+        self.heads = heads
+        dtype, self.device = backbone.lm_head_weight.dtype, backbone.lm_head_weight.device
+        kv_cache_tokens, max_model_len = _limits(config, backbone)
+        self.pool = KVPool(backbone.kv_shapes, kv_cache_tokens, dtype=dtype, device=self.device)
+        self.info = ModelInfo(
+            path=config.model,
+            vocab_size=backbone.vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=backbone.eos_token_ids,
+            num_heads=0 if heads is None else heads.num_heads,
+            kv_cache_tokens=kv_cache_tokens,
+            device=str(self.device),
+            dtype=str(dtype).removeprefix("torch."),
+        )
+        self._hidden: dict[str, Tensor] = {}  # request id -> [hidden]
+        self._histories: dict[str, History] = {}
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> Runner:
+        """Load model and heads. Raises `StartupError` with one sentence."""
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        device = _device(config.device)
+        dtype = _dtype(config.dtype, device)
+        try:
+            backbone = Backbone.load(config.model, dtype=dtype, device=device)
+            heads = None
+            if config.heads is not None:
+                heads = load_heads(Path(config.heads), backbone.lm_head_weight, dtype=dtype, device=device)
+        except (BackboneError, CheckpointError) as error:
+            raise StartupError(str(error)) from error
+        return cls(backbone, heads, config)
+
+    def can_draft(self, request: Request) -> bool:
+        return self.heads is not None and request.id in self._hidden and self._max_depth(request) > 0
+
+    def forget(self, request: Request) -> None:
+        self._hidden.pop(request.id, None)
+        self._histories.pop(request.id, None)
+
+    @torch.inference_mode()
+    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[TreeShape]:
+        """The best static tree of so many nodes for each request, filled with the heads' tokens."""
+        if not requests:
+            return []
+        assert self.heads is not None
+        hidden = torch.stack([self._hidden[request.id] for request in requests])
+        rows = [DraftRow(request.submit.sampling, len(request.tokens)) for request in requests]
+        accuracies = self.heads.accuracies or DEFAULT_ACCURACIES
+        num_ranks = min(max(map(len, accuracies)), len(self.heads.token_ids))
+        candidates = propose(self.heads, hidden, rows, num_ranks)
+        trees: list[TreeShape] = []
+        for request, count, ranked in zip(requests, num_nodes, candidates, strict=True):
+            reachable = tuple(depth[:num_ranks] for depth in accuracies[: self._max_depth(request)])
+            tree = tree_from_choices(best_static_choices(reachable, count), ranked)
+            trees.append((tree.tokens, tree.parents))
+        return trees
+
+    @torch.inference_mode()
+    def run(self, works: Sequence[Work]) -> list[Outcome]:
+        """One forward pass over all rows, then each request's verification."""
+        starts = [0, *accumulate(work.num_chain + len(work.node_tokens) for work in works)]
+        scored = [_scored_rows(work, start) for work, start in zip(works, starts, strict=False)]
+        logits, hidden = self._forward(works, [row for rows in scored for row in rows])
+        firsts = [0, *accumulate(map(len, scored))]
+        rows = [self._rows(work) for work in works]
+        # a prompt's own rows come first among its scored rows; those sampled from are the last of them
+        sampled_from = [
+            index for mine, last in zip(rows, firsts[1:], strict=True) for index in range(last - len(mine), last)
+        ]
+        index = torch.tensor(sampled_from, dtype=torch.long, device=self.device)
+        sampled: list[int] = []
+        if sampled_from:
+            sampled = sampling.sample(logits[index], [row for mine in rows for row in mine]).tolist()
+        outcomes: list[Outcome] = []
+        used = 0
+        for work, mine, first, last in zip(works, rows, firsts, firsts[1:], strict=False):
+            drawn = sampled[used : used + len(mine)]
+            used += len(mine)
+            outcomes.append(self._outcome(work, mine, drawn, logits[first:last], hidden[first:last]))
+        return outcomes
+
+    def _forward(self, works: Sequence[Work], scored: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Pack the rows of all works and run the backbone."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        segments: list[Segment] = []
+        for work in works:
+            tree = Tree(work.node_tokens, work.node_parents)
+            root = work.start + work.num_chain - 1
+            tokens += [*work.chain_tokens, *work.node_tokens]
+            positions += [*range(work.start, root + 1), *(root + depth for depth in tree.depths)]
+            slots += [*work.chain_slots, *work.node_slots]
+            context = torch.tensor(work.request.slots, dtype=torch.long, device=self.device)
+            segments.append(Segment(work.num_chain + len(tree), context, work.num_chain, work.node_parents))
+        batch = build_batch(segments, torch.tensor(positions), torch.tensor(slots), self.device)
+        return self.backbone.forward(
+            torch.tensor(tokens, device=self.device),
+            batch,
+            self.pool,
+            torch.tensor(scored, dtype=torch.long, device=self.device),
+        )
+
+    def _rows(self, work: Work) -> list[Row]:
+        """The rows to sample from: the root and every node, or none for an unfinished prompt."""
+        request = work.request
+        if not work.reaches_end:
+            return []
+        tree = Tree(work.node_tokens, work.node_parents)
+        params, history = request.submit.sampling, self._history(request)
+        banned = (*self.backbone.eos_token_ids, *params.stop_token_ids)
+        paths = [(), *(tuple(tree.tokens[i] for i in tree.path(node)) for node in range(len(tree)))]
+        return [
+            Row(params, len(request.tokens) + len(path), request.num_output + len(path), path, banned, history)
+            for path in paths
+        ]
+
+    def _history(self, request: Request) -> History | None:
+        if not sampling.needs_history(request.submit.sampling):
+            return None
+        history = self._histories.get(request.id)
+        if history is None:
+            history = History(self.backbone.vocab_size, request.num_prompt, self.device)
+            self._histories[request.id] = history
+        history.extend(request.tokens)
+        return history
+
+    def _outcome(
+        self, work: Work, rows: Sequence[Row], sampled: Sequence[int], logits: Tensor, hidden: Tensor
+    ) -> Outcome:
+        """logits, hidden: this work's scored rows, [scored, vocab] and [scored, hidden]."""
+        request = work.request
+        prompt_logprobs = self._prompt_logprobs(work, logits)
+        if not rows:
+            return Outcome(prompt_logprobs=prompt_logprobs)
+        logits, hidden = logits[-len(rows) :], hidden[-len(rows) :]
+        path = self._accept(work, rows, sampled, logits)
+        kept = [0, *(node + 1 for node in path)]
+        self._hidden[request.id] = hidden[kept[-1]].clone()
+        emitted = (*(work.node_tokens[node] for node in path), sampled[kept[-1]])
+        count = request.submit.sampling.logprobs
+        logprobs = () if count is None else _logprobs(logits[kept], emitted, count)
+        return Outcome(emitted, path, logprobs, prompt_logprobs)
+
+    def _accept(self, work: Work, rows: Sequence[Row], sampled: Sequence[int], logits: Tensor) -> tuple[int, ...]:
+        """The surviving nodes, by the request's own rule."""
+        tree = Tree(work.node_tokens, work.node_parents)
+        speculation = work.request.submit.speculation
+        if speculation.mode != "typical" or not len(tree) or work.request.submit.sampling.temperature == 0:
+            return verify.sample_and_match(tree, sampled)
+        distribution = sampling.log_distribution(logits, rows)
+        parents = torch.tensor(tree.parents, device=self.device) + 1
+        nodes = torch.tensor(tree.tokens, device=self.device)
+        return verify.typical(
+            tree,
+            distribution[parents, nodes].tolist(),
+            sampling.entropy(distribution).tolist(),
+            speculation.epsilon,
+            speculation.delta,
+        )
+
+    def _prompt_logprobs(self, work: Work, logits: Tensor) -> tuple[TokenLogprobs, ...]:
+        request, count = work.request, work.request.submit.sampling.prompt_logprobs
+        if request.prompt_logprobs is None or count is None:
+            return ()
+        ahead = request.tokens[work.start + 1 : min(work.start + work.num_chain + 1, request.num_prompt)]
+        return _logprobs(logits[: len(ahead)], ahead, count)
+
+    def _max_depth(self, request: Request) -> int:
+        """Nodes deeper than this could not be emitted, or would lie beyond the model's context."""
+        to_emit = request.submit.sampling.max_tokens - request.num_output
+        return min(to_emit, self.info.max_model_len - len(request.tokens)) - 1
+
+
+def _limits(config: EngineConfig, backbone: Backbone) -> tuple[int, int]:
+    """KV tokens of the pool, and the longest prompt + completion."""
+    limit = backbone.max_position_embeddings or 2**31
+    max_model_len = config.max_model_len or limit
+    if max_model_len > limit:
+        raise StartupError(f"--max-model-len {max_model_len} exceeds the model's own {limit} positions: lower it.")
+    weight = backbone.lm_head_weight
+    fitting = memory.free_bytes(weight.device) // KVPool.bytes_per_token(backbone.kv_shapes, weight.dtype)
+    kv_cache_tokens = config.kv_cache_tokens or min(fitting, config.max_num_seqs * max_model_len)
+    if not 0 < kv_cache_tokens <= fitting:
+        raise StartupError(
+            f"--kv-cache-tokens {kv_cache_tokens} does not fit: {weight.device} has memory for {fitting} tokens."
+        )
+    if config.max_model_len is not None and config.max_model_len > kv_cache_tokens:
+        raise StartupError(
+            f"--max-model-len {max_model_len} does not fit into {kv_cache_tokens} KV cache tokens: "
+            "lower it, or raise --kv-cache-tokens."
+        )
+    return kv_cache_tokens, min(max_model_len, kv_cache_tokens)
+
+
+def _scored_rows(work: Work, start: int) -> list[int]:
+    """Packed rows whose logits are needed: prompt rows with log-probabilities due, the root, the nodes."""
+    end = start + work.num_chain
+    first = start if work.request.prompt_logprobs is not None else end - work.reaches_end
+    return list(range(first, end + len(work.node_tokens)))
+
+
+def _logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> tuple[TokenLogprobs, ...]:
+    """logits: [tokens, vocab], raw. The log-probability of each token, and of the `count` likeliest."""
+    if not tokens:
+        return ()
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1)).flatten().tolist()
+    values, ids = logprobs.topk(count, dim=-1)
+    tops = [tuple(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+    return tuple(TokenLogprobs(t, c, top) for t, c, top in zip(tokens, chosen, tops, strict=True))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise StartupError(
+            "--device cuda: torch sees no CUDA device; install a CUDA build of torch or use --device cpu."
+        )
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise StartupError(f"--dtype {name} is not known: use auto, float32, bfloat16 or float16.")
+    return dtype

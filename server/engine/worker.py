@@ -1,0 +1,98 @@
+"""The engine process: loads the model, then serves its inbox until told to stop or orphaned.
+
+Invariants:
+- `Ready` or `Failed` is the first message out;
+- one thread reads the inbox all the time, so the API process never blocks on a send;
+- aborts and submits that arrive during a step take effect before the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import signal
+import threading
+from multiprocessing.connection import Connection
+
+from server.engine.core import Engine
+from server.engine.messages import (
+    Abort,
+    Delta,
+    EngineConfig,
+    Failed,
+    Ready,
+    Shutdown,
+    StepOutput,
+    Submit,
+    ToEngine,
+)
+from server.errors import StartupError
+
+Inbox = queue.SimpleQueue[ToEngine]
+
+
+def run_worker(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
+    """Entry point of the child process. Messages in and out are those of `messages`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it sends Shutdown
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        engine = _load(config)
+    except StartupError as error:
+        outbox.send(Failed(error.message))
+        return
+    messages: Inbox = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(inbox, messages), daemon=True, name="inbox").start()
+    outbox.send(Ready(engine.runner.info))
+    try:
+        serve(engine, messages, outbox)
+    except BrokenPipeError:
+        return  # the parent is gone
+
+
+def _load(config: EngineConfig) -> Engine:
+    from server.engine.runner import Runner  # brings torch along
+
+    return Engine(config, Runner.load(config))
+
+
+def _read(inbox: Connection, messages: Inbox) -> None:
+    try:
+        while True:
+            messages.put(inbox.recv())
+    except (EOFError, OSError):
+        messages.put(Shutdown())
+
+
+def serve(engine: Engine, messages: Inbox, outbox: Connection) -> None:
+    """Take messages, step, send; sleep when there is nothing to do."""
+    while True:
+        received = _receive(messages, wait=not engine.has_work)
+        deltas = [delta for message in received if (delta := _apply(engine, message)) is not None]
+        if any(isinstance(message, Shutdown) for message in received):
+            outbox.send(_joined(deltas, engine.shutdown()))
+            return
+        output = _joined(deltas, engine.step())
+        if output.deltas or output.stats.num_rows:
+            outbox.send(output)
+        if not engine.has_work:
+            engine.scheduler.check()
+
+
+def _receive(messages: Inbox, *, wait: bool) -> list[ToEngine]:
+    """All messages that are there; at least one if told to wait."""
+    received = [messages.get()] if wait else []
+    while not messages.empty():
+        received.append(messages.get())
+    return received
+
+
+def _apply(engine: Engine, message: ToEngine) -> Delta | None:
+    if isinstance(message, Submit):
+        return engine.submit(message)
+    if isinstance(message, Abort):
+        return engine.abort(message.request_id)
+    return None
+
+
+def _joined(deltas: list[Delta], output: StepOutput) -> StepOutput:
+    return StepOutput((*deltas, *output.deltas), output.stats) if deltas else output

@@ -1,0 +1,68 @@
+"""A tiny random Llama with random draft heads, and an engine over it."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from models.backbone import Backbone
+from models.drafters.resblock import ResBlockHeads
+from server.engine.core import Engine
+from server.engine.messages import Delta, EngineConfig, SamplingParams, SpeculationParams, Submit
+from server.engine.runner import Runner
+
+
+def tiny_llama(vocab_size: int, *, scale: float = 1.0, seed: int = 0) -> LlamaForCausalLM:
+    """Two layers; `scale` sharpens the output distribution."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=0,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.lm_head.weight.data *= scale
+    return model
+
+
+def random_heads(backbone: Backbone, num_heads: int = 3) -> ResBlockHeads:
+    """Untrained heads guess what the model says next: wrong mostly, right often enough for deep paths."""
+    accuracies = tuple(tuple(0.5 * 0.6**rank for rank in range(6)) for _ in range(num_heads))
+    heads = ResBlockHeads(backbone.lm_head_weight, num_heads=num_heads, accuracies=accuracies)
+    torch.nn.init.normal_(heads.weight, std=0.1)
+    return heads
+
+
+def tiny_engine(model: LlamaForCausalLM, **config: object) -> Engine:
+    backbone = Backbone(model)
+    options = EngineConfig("tiny", **{"kv_cache_tokens": 4096, "num_nodes": 8, **config})  # type: ignore[arg-type]
+    return Engine(options, Runner(backbone, random_heads(backbone), options))
+
+
+def submit(name: str, prompt: list[int], sampling: SamplingParams, mode: str = "lossless", **spec: object) -> Submit:
+    return Submit(name, tuple(prompt), sampling, SpeculationParams(mode, **spec))  # type: ignore[arg-type]
+
+
+def run(engine: Engine, submits: list[Submit]) -> dict[str, list[Delta]]:
+    """All deltas of all requests, by id."""
+    deltas: dict[str, list[Delta]] = {s.request_id: [] for s in submits}
+    for s in submits:
+        refusal = engine.submit(s)
+        assert refusal is None, refusal
+    while engine.has_work:
+        for delta in engine.step().deltas:
+            deltas[delta.request_id].append(delta)
+    engine.scheduler.check()
+    return deltas
+
+
+def tokens(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.token_ids]
