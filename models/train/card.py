@@ -1,0 +1,86 @@
+"""The model card that lies beside trained heads: what they are, how they were made, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from models.drafters.resblock import Accuracies, ResBlockHeads
+from models.train.acceptance import Tau, Text
+
+_CARD = """\
+---
+base_model: {name}
+library_name: medusa-serve
+tags: [medusa, speculative-decoding]
+---
+
+# Medusa heads for {name}
+
+{num_heads} heads with {num_layers} residual block(s) each, {parameters:.1f} M parameters, on the frozen LM head of
+the base model, cut to its {draft_vocab} most expected tokens (`token_map`). Head k guesses the token k + 1 places after
+the hidden state that it sees. Serve them with `medusa-serve serve {name} --heads FOLDER`.
+
+## How they were made
+
+    {command}
+
+The trunk is frozen; {positions} training positions, soft labels (the base model's own distribution at each depth), best
+of {epochs} epochs (epoch {best_epoch}), {minutes} minutes of training on {device}. The facts are in `config.json`.
+
+## What was measured
+
+On {answers} held-out answers ({held_out} positions), teacher-forced on their text, trunk in {trunk_dtype}.
+Right token among the first k guesses:
+
+{accuracies}
+
+Tokens per step (1 + accepted guesses), walking the text step by step with the best static tree of each size, ± one
+standard error; and what the accuracies promise if depths were independent. The trees are built from these same
+accuracies.
+
+{taus}
+"""
+
+
+def model_card(
+    name: str,
+    command: str,
+    device: str,
+    heads: ResBlockHeads,
+    texts: Sequence[Text],
+    accuracies: Accuracies,
+    taus: Sequence[Tau],
+    facts: Mapping[str, Any],
+) -> str:
+    """Markdown with the numbers of this run."""
+    return _CARD.format(
+        name=name,
+        command=command,
+        device=device,
+        num_heads=heads.num_heads,
+        num_layers=heads.num_layers,
+        parameters=sum(parameter.numel() for parameter in heads.parameters()) / 1e6,
+        draft_vocab=len(heads.token_ids),
+        answers=len(texts),
+        held_out=sum(len(text.ranks) for text in texts),
+        accuracies=_accuracy_table(accuracies),
+        taus=_tau_table(taus),
+        **facts,
+    )
+
+
+def _accuracy_table(accuracies: Accuracies) -> str:
+    ranks = (1, 2, 3, 5, 10)
+    rows = [[str(head), *(f"{sum(shares[:k]):.3f}" for k in ranks)] for head, shares in enumerate(accuracies, start=1)]
+    return _table(["head", *(f"top {k}" for k in ranks)], rows)
+
+
+def _tau_table(taus: Sequence[Tau]) -> str:
+    rows = [[str(t.nodes), f"{t.measured:.3f} ± {t.error:.3f}", f"{t.independent:.3f}"] for t in taus]
+    return _table(["nodes", "measured", "independent"], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

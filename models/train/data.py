@@ -1,0 +1,172 @@
+"""Training text: files in, token sequences out, each with a mask of the tokens that count and its side of the split.
+
+Accepted: JSONL rows with `messages` (chat), `q`/`a` (one chat turn), `prompt`/`completion` (raw text) or `text`, and
+plain text files, cut into documents at blank lines. Two optional fields describe how an answer was made: `temp`
+(0 is greedy) and `n` (generated tokens; an answer with no fewer tokens was cut off, so no end token follows it).
+
+Invariants:
+- whether a row is held out depends on its prompt's text alone, so equal prompts are on one side and every run agrees;
+- chat rows count only what the assistant wrote, its end-of-turn token included; text rows count everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class DataError(ValueError):
+    """Training data cannot be used; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example before tokenisation: a chat, or raw text of which `prompt` does not count."""
+
+    messages: tuple[dict[str, str], ...] = ()
+    prompt: str = ""
+    text: str = ""
+    greedy: bool = False
+    generated: int | None = None  # tokens that the model wrote, if known
+
+    @property
+    def key(self) -> str:
+        """What decides the split: the part before the first answer, else all of the text."""
+        if self.messages:
+            opening = itertools.takewhile(lambda message: message["role"] != "assistant", self.messages)
+            return "\0".join(message["content"] for message in opening)
+        return self.prompt or self.text
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row. `counts[i]` says whether `tokens[i]` is a token that the heads should learn to guess."""
+
+    tokens: tuple[int, ...]
+    counts: tuple[bool, ...]
+    held_out: bool
+    greedy: bool
+
+
+def load_examples(
+    files: Sequence[Path], tokenizer: Any, *, validation_fraction: float, max_length: int = 1024
+) -> list[Example]:
+    """Read, split and tokenise every row; the end-of-turn tokens are the tokenizer's own end token.
+
+    Raises DataError for unreadable files and rows of no known form.
+    """
+    examples = []
+    for row in itertools.chain.from_iterable(map(read_rows, files)):
+        tokens, counts = _encode_chat(row, tokenizer) if row.messages else _encode_text(row, tokenizer)
+        held_out = is_held_out(row.key, validation_fraction)
+        for start in range(0, len(tokens), max_length):
+            cut = slice(start, start + max_length)
+            examples.append(Example(tuple(tokens[cut]), tuple(counts[cut]), held_out, row.greedy))
+    if not any(any(example.counts) for example in examples):
+        raise DataError(f"No text to learn from in {', '.join(map(str, files))}; give files with at least one answer.")
+    return examples
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """A deterministic draw: the same text is always on the same side."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < fraction * 2**64
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """All rows of one file; `.jsonl` and `.json` are read line by line as JSON, anything else as plain text."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read {path}: {error}; give UTF-8 text or JSONL files.") from error
+    if path.suffix not in (".jsonl", ".json"):
+        yield from (Row(text=part) for part in _documents(content))
+        return
+    for number, line in enumerate(content.splitlines(), start=1):
+        if line.strip():
+            yield _parse(line, f"{path}:{number}")
+
+
+def _documents(content: str, size: int = 4000) -> Iterator[str]:
+    """Paragraphs joined until a document has about `size` characters."""
+    document = ""
+    for paragraph in content.split("\n\n"):
+        document += paragraph + "\n\n"
+        if len(document) >= size:
+            yield document
+            document = ""
+    if document.strip():
+        yield document
+
+
+def _parse(line: str, where: str) -> Row:
+    try:
+        return _row(json.loads(line))
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{where} is not a usable row ({error!r}); expected a JSON object with messages, q and a, "
+            "prompt and completion, or text."
+        ) from error
+
+
+def _row(fields: dict[str, Any]) -> Row:
+    greedy, generated = fields.get("temp") == 0, fields.get("n")
+    if "messages" in fields:
+        turns = [(m["role"], m["content"]) for m in fields["messages"]]
+    elif "q" in fields:
+        turns = [("user", fields["q"]), ("assistant", fields["a"])]
+    elif "prompt" in fields:
+        return Row(prompt=_text(fields["prompt"]), text=_text(fields["completion"]), greedy=greedy)
+    else:
+        return Row(text=_text(fields["text"]))
+    messages = tuple({"role": _text(role), "content": _text(content)} for role, content in turns)
+    return Row(messages=messages, greedy=greedy, generated=generated)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _encode_text(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    prompt = tokenizer(row.prompt)["input_ids"] if row.prompt else []
+    text = tokenizer(row.text, add_special_tokens=not prompt)["input_ids"]
+    return prompt + text, [False] * len(prompt) + [True] * len(text)
+
+
+def _encode_chat(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    if not tokenizer.chat_template:
+        raise DataError("This model has no chat template; give rows with prompt and completion, or with text.")
+    encoded = tokenizer(_render(tokenizer, row.messages), add_special_tokens=False, return_offsets_mapping=True)
+    tokens = encoded["input_ids"]
+    counts = [False] * len(tokens)
+    for begin, end in _answer_spans(row.messages, tokenizer):
+        inside = [i for i, (start, stop) in enumerate(encoded["offset_mapping"]) if begin <= start < stop <= end]
+        for i in _until_end(inside, tokens, tokenizer.eos_token_id, row.generated):
+            counts[i] = True
+    return tokens, counts
+
+
+def _until_end(inside: list[int], tokens: Sequence[int], end_token: int, generated: int | None) -> Iterable[int]:
+    """The answer's token indices up to its end token, which belongs to it unless the answer was cut off."""
+    ends = [i for i, index in enumerate(inside) if tokens[index] == end_token]
+    length = ends[0] + 1 if ends else len(inside)
+    return inside[: length if generated is None else min(length, generated)]
+
+
+def _answer_spans(messages: Sequence[dict[str, str]], tokenizer: Any) -> Iterator[tuple[int, int]]:
+    """Character ranges of the assistant's turns in the rendered chat."""
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            begin = _render(tokenizer, messages[:i], add_generation_prompt=True)
+            yield len(begin), len(_render(tokenizer, messages[: i + 1]))
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> str:
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))

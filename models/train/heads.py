@@ -1,0 +1,223 @@
+"""`medusa-serve train heads`: from a frozen model and its own text to a folder with heads, accuracies and a model card.
+
+Invariants:
+- the run can be stopped at any time and continued with --resume, with the same result;
+- what is written is the epoch that was best on held-out text, which training never saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from models.checkpoint import save_heads
+from models.drafters.resblock import ResBlockHeads
+from models.train.acceptance import Text, measure_accuracies, rank_text, tau_by_nodes
+from models.train.card import model_card
+from models.train.data import DataError, load_examples
+from models.train.distill import Distiller, Recipe, ResumeError, draft_vocabulary, teachable
+from models.train.evaluate import VALIDATION_FRACTION, held_out
+from models.train.trunk import TrunkCache, build_cache, load_trunk
+from models.tree import best_static_choices, expected_tau
+
+_SCORED_NODES = 8
+_SECONDS_BETWEEN_SAVES = 120.0
+
+
+def main(argv: list[str]) -> int:
+    """Entry of `medusa-serve train heads`; the exit code: 0, 2 after one sentence on what is wrong, 130 if stopped."""
+    from models.source import ModelSourceError, resolve
+
+    options = _parser().parse_args(argv)
+    try:
+        train(options, resolve(options.model), Console())
+    except (DataError, ResumeError, ModelSourceError) as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped; continue with --resume.")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    recipe = Recipe()
+    parser = argparse.ArgumentParser(
+        prog="medusa-serve train heads", description="Train Medusa heads for a frozen model on text, best its own."
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder, hub id or GGUF file of the base model")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSONL (chats or text) or plain text files")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the heads")
+    parser.add_argument("--work", type=Path, help="folder for the trunk's cached states (default: OUTPUT/work)")
+    parser.add_argument("--name", help="what to call the base model in the card (default: MODEL)")
+    parser.add_argument("--num-heads", type=int, default=4)
+    parser.add_argument("--num-layers", type=int, default=1, help="residual blocks per head")
+    parser.add_argument("--draft-vocab", type=int, default=8192, help="tokens that heads can guess; 0 is all")
+    parser.add_argument("--epochs", type=int, default=recipe.epochs)
+    parser.add_argument("--batch-size", type=int, default=recipe.batch_size, help="positions per step")
+    parser.add_argument("--lr", type=float, default=recipe.lr)
+    parser.add_argument("--seed", type=int, default=recipe.seed)
+    parser.add_argument("--validation-fraction", type=float, default=VALIDATION_FRACTION)
+    parser.add_argument("--all-positions", action="store_true", help="learn from what users and system wrote, too")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of trunk and LM head")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    return parser
+
+
+def train(options: argparse.Namespace, path: Path, console: Console) -> None:
+    """Everything from text to folder; `options` as parsed above."""
+    model, tokenizer = load_trunk(path, getattr(torch, options.dtype), options.device)
+    examples = load_examples(options.data, tokenizer, validation_fraction=options.validation_fraction)
+    judged = held_out(examples)
+    work = options.work or options.output / "work"
+    with _progress(console) as progress:
+        cache = build_cache(model, examples, work / "trunk", progress=_bar(progress, "Running the trunk"))
+    training = np.array([not examples[i].held_out for i in range(len(examples))])
+    heads = _new_heads(model, tokenizer, cache, training, options)
+    vocab_size = len(model.get_output_embeddings().weight)
+    del model
+
+    recipe = Recipe(epochs=options.epochs, batch_size=options.batch_size, lr=options.lr, seed=options.seed)
+    learned = replace(cache, counts=np.ones_like(cache.counts)) if options.all_positions else cache
+    distiller = Distiller(heads, learned, training, recipe)
+    started = time.monotonic()
+    _run(distiller, work / "state.pt", lambda: _score(_rank(heads, cache, judged)), options.resume, console)
+    minutes = (time.monotonic() - started) / 60
+    _write(options, distiller, _rank(heads, cache, judged), vocab_size, minutes)
+    console.print(f"Heads written to {options.output}")
+
+
+def _new_heads(
+    model: Any, tokenizer: Any, cache: TrunkCache, training: NDArray[np.bool_], options: argparse.Namespace
+) -> ResBlockHeads:
+    """Zero heads in float32 over the frozen LM head's rows of the draft vocabulary, those in the trunk's dtype."""
+    lm_head = model.get_output_embeddings().weight.detach()
+    positions = teachable(cache) & np.repeat(training, np.diff(cache.starts))
+    token_ids = draft_vocabulary(cache, positions, len(lm_head), options.draft_vocab, tokenizer.eos_token_id)
+    rows = lm_head[token_ids.to(lm_head.device)]
+    heads = ResBlockHeads(rows, num_heads=options.num_heads, num_layers=options.num_layers, token_ids=token_ids)
+    for parameter in heads.parameters():
+        parameter.data = parameter.data.float()
+    return heads
+
+
+def _rank(heads: ResBlockHeads, cache: TrunkCache, judged: Sequence[int]) -> list[Text]:
+    """Ranks of the held-out examples' tokens."""
+    texts = []
+    for example in judged:
+        here = slice(int(cache.starts[example]), int(cache.starts[example + 1]))
+        hidden = torch.from_numpy(cache.hidden[here]).to(heads.weight)
+        texts += rank_text(heads, hidden, cache.tokens[here], cache.counts[here])
+    return texts
+
+
+def _score(texts: Sequence[Text]) -> float:
+    """Expected tokens per step with the best tree of `_SCORED_NODES` nodes."""
+    accuracies = measure_accuracies(texts)
+    return expected_tau(accuracies, best_static_choices(accuracies, _SCORED_NODES))
+
+
+def _run(distiller: Distiller, state: Path, score: Callable[[], float], resume: bool, console: Console) -> None:
+    """Train to the end, saving at each epoch, every few minutes and when asked to stop."""
+    if resume and state.exists():
+        distiller.load(state)
+    saved = time.monotonic()
+    with _progress(console) as progress, _stop_requests() as stopping:
+        task = progress.add_task("Training", total=distiller.recipe.epochs * distiller.batches_per_epoch)
+
+        def on_batch() -> None:
+            nonlocal saved
+            at = distiller.position
+            progress.update(task, completed=at.epoch * distiller.batches_per_epoch + at.batch)
+            if at.batch == 0:
+                loss, tau = distiller.history.losses[-1], distiller.history.scores[-1]
+                console.print(f"epoch {at.epoch}: loss {loss:.4f}, held-out tau at {_SCORED_NODES} nodes {tau:.3f}")
+            if stopping or at.batch == 0 or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+                distiller.save(state)
+                saved = time.monotonic()
+            if stopping:
+                raise KeyboardInterrupt
+
+        distiller.run(score, on_batch)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that fills when Ctrl-C is pressed, so that a batch in progress ends whole."""
+    requests: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: requests.append(number))
+    try:
+        yield requests
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _write(
+    options: argparse.Namespace, distiller: Distiller, texts: Sequence[Text], vocab_size: int, minutes: float
+) -> None:
+    heads = distiller.heads
+    heads.accuracies = measure_accuracies(texts)
+    facts = {
+        **asdict(distiller.recipe),
+        "positions": distiller.num_positions,
+        "all_positions": options.all_positions,
+        "trunk_dtype": options.dtype,
+        "validation_fraction": options.validation_fraction,
+        "best_epoch": 1 + int(np.argmax(distiller.history.scores)),
+        "losses": [round(loss, 4) for loss in distiller.history.losses],
+        "held_out_tau_8_nodes": [round(score, 4) for score in distiller.history.scores],
+        "minutes": round(minutes, 1),
+    }
+    name = options.name or options.model
+    taus = tau_by_nodes(texts, heads.accuracies)
+    card = model_card(
+        name, _command(options), _machine(options.device), heads, texts, heads.accuracies, taus, facts
+    )
+    save_heads(options.output, heads, base_model=name, vocab_size=vocab_size, card=card, facts=facts)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The call that repeats this run, without its folders."""
+    words = ["medusa-serve train heads", options.model, "--data", *(file.name for file in options.data), "--output FOLDER"]
+    defaults = vars(_parser().parse_args(["x", "--data", "x", "--output", "x"]))
+    for key in (
+        "num_heads",
+        "num_layers",
+        "draft_vocab",
+        "epochs",
+        "batch_size",
+        "lr",
+        "seed",
+        "validation_fraction",
+        "dtype",
+    ):
+        if getattr(options, key) != defaults[key]:
+            words.append(f"--{key.replace('_', '-')} {getattr(options, key)}")
+    return " ".join([*words, *(["--all-positions"] if options.all_positions else [])])
+
+
+def _machine(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+def _bar(progress: Progress, description: str) -> Callable[[int, int], None]:
+    task = progress.add_task(description)
+    return lambda done, total: progress.update(task, completed=done, total=total)

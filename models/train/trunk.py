@@ -1,0 +1,146 @@
+"""The frozen trunk's answers, computed once and kept on disk: what the heads see and what they should say.
+
+For each token position: the hidden state that enters the output embedding, and the model's own next-token distribution
+there, as its `TEACHER_RANKS` likeliest tokens with their probabilities (of the whole vocabulary, not renormalised).
+
+Invariants: a cache folder belongs to one (model, text, dtype), named by its digest; a build that was interrupted goes
+on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from models.train.data import Example
+
+TEACHER_RANKS = 64
+_ROWS_PER_FORWARD = 1024
+
+
+@dataclass(frozen=True)
+class TrunkCache:
+    """Positions of all examples, one after another. `starts[i]` is the first position of example i."""
+
+    tokens: NDArray[np.int64]  # [positions]
+    counts: NDArray[np.bool_]  # [positions] this token is one to guess
+    starts: NDArray[np.int64]  # [examples + 1]
+    hidden: NDArray[np.float16]  # [positions, hidden]
+    teacher_ids: NDArray[np.int32]  # [positions, ranks] likeliest next tokens, best first
+    teacher_probs: NDArray[np.float16]  # [positions, ranks]
+
+
+def load_trunk(path: Path, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+    """The model, frozen, and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
+    return model, tokenizer
+
+
+@torch.inference_mode()
+def build_cache(
+    model: Any, examples: Sequence[Example], folder: Path, *, progress: Callable[[int, int], None] = lambda *_: None
+) -> TrunkCache:
+    """Run the trunk over all examples, shortest first, and keep the results under `folder`.
+
+    `progress(done, total)` is called with position counts. float16 holds post-norm states to 3 digits.
+    """
+    folder = folder / _digest(model, examples)
+    folder.mkdir(parents=True, exist_ok=True)
+    cache = _open(folder, examples, model.config.get_text_config().hidden_size)
+    done_file = folder / "batches_done"
+    done = int(done_file.read_text()) if done_file.exists() else 0
+    batches = _batches(examples)
+    total, finished = len(cache.tokens), 0
+    device = next(model.parameters()).device
+    for number, batch in enumerate(batches):
+        if number >= done:
+            _run_batch(model, [examples[i].tokens for i in batch], [int(cache.starts[i]) for i in batch], cache, device)
+            done_file.write_text(str(number + 1))
+        finished += sum(len(examples[i].tokens) for i in batch)
+        progress(finished, total)
+    return cache
+
+
+def _run_batch(
+    model: Any, sequences: Sequence[Sequence[int]], starts: Sequence[int], cache: TrunkCache, device: torch.device
+) -> None:
+    width = max(map(len, sequences))
+    padded = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=device)  # [batch, width]
+    hidden, logits = forward_with_hidden(model, padded)
+    for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+        here = slice(start, start + len(sequence))
+        probs = logits[row, : len(sequence)].float().softmax(-1)
+        best = probs.topk(cache.teacher_ids.shape[1], dim=-1)
+        cache.hidden[here] = hidden[row, : len(sequence)].to(torch.float16).cpu().numpy()
+        cache.teacher_ids[here] = best.indices.to(torch.int32).cpu().numpy()
+        cache.teacher_probs[here] = best.values.to(torch.float16).cpu().numpy()
+
+
+def forward_with_hidden(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """States that enter the output embedding, and logits: [batch, width, hidden], [batch, width, vocab].
+
+    Padding on the right needs no mask: a causal model never looks there.
+    """
+    seen: list[Tensor] = []
+
+    def remember(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        seen.append(arguments[0])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(remember)
+    try:
+        logits = model(tokens, use_cache=False).logits
+    finally:
+        handle.remove()
+    return seen[0], logits
+
+
+def _batches(examples: Sequence[Example]) -> list[list[int]]:
+    """Example numbers in groups of about equal length and at most `_ROWS_PER_FORWARD` rows, padding counted."""
+    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
+    batches: list[list[int]] = [[]]
+    for i in order:
+        if batches[-1] and (len(batches[-1]) + 1) * len(examples[i].tokens) > _ROWS_PER_FORWARD:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def _digest(model: Any, examples: Sequence[Example]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(repr((sorted(model.config.to_dict().items(), key=str), str(model.dtype))).encode())
+    digest.update(model.get_output_embeddings().weight[:64].float().cpu().numpy().tobytes())
+    for example in examples:
+        digest.update(np.array(example.tokens, dtype=np.int64).tobytes() + b"|")
+    return digest.hexdigest()
+
+
+def _open(folder: Path, examples: Sequence[Example], hidden_size: int) -> TrunkCache:
+    starts = np.cumsum([0, *(len(example.tokens) for example in examples)], dtype=np.int64)
+    total = int(starts[-1])
+
+    def array(name: str, dtype: type, width: int) -> NDArray[Any]:
+        path = folder / f"{name}.npy"
+        if path.exists():
+            stored: NDArray[Any] = np.load(path, mmap_mode="r+")
+            return stored
+        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(total, width))
+
+    return TrunkCache(
+        tokens=np.fromiter(itertools.chain.from_iterable(e.tokens for e in examples), np.int64, total),
+        counts=np.fromiter(itertools.chain.from_iterable(e.counts for e in examples), np.bool_, total),
+        starts=starts,
+        hidden=array("hidden", np.float16, hidden_size),
+        teacher_ids=array("teacher_ids", np.int32, TEACHER_RANKS),
+        teacher_probs=array("teacher_probs", np.float16, TEACHER_RANKS),
+    )

@@ -1,0 +1,64 @@
+"""The command line: `medusa-serve`, which is `python -m server`.
+
+Invariants:
+- what an operator got wrong is one sentence on stderr and exit code 2;
+- commands are imported when they are run: the engine process, too, imports this module.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from server import __version__
+
+USAGE = """\
+usage: medusa-serve COMMAND ...
+
+  serve [MODEL] [--port 8000] [--heads PATH] ...   serve a model over the OpenAI API
+  train heads ...                                  train Medusa heads for a model
+  evaluate heads ...                               tokens per step on held-out prompts, by number of nodes
+  version                                          print the version
+
+Each command explains itself with --help.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    match list(sys.argv[1:] if argv is None else argv):
+        case ["serve", *flags]:
+            return _serve(flags)
+        case ["train", "heads", *flags]:
+            from models.train import heads
+
+            return heads.main(flags)
+        case ["evaluate", "heads", *flags]:
+            from models.train import evaluate
+
+            return evaluate.main(flags)
+        case ["version"]:
+            sys.stdout.write(f"{__version__}\n")
+            return 0
+        case ["--help" | "-h"]:
+            sys.stdout.write(USAGE)
+            return 0
+    sys.stderr.write(USAGE)
+    return 2
+
+
+def _serve(flags: list[str]) -> int:
+    from models.source import ModelSourceError
+    from server.errors import StartupError
+    from server.launch import serve
+    from server.settings import load
+
+    try:
+        return serve(load(flags))
+    except (StartupError, ModelSourceError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

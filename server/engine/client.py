@@ -1,0 +1,241 @@
+"""The asyncio side of the engine process: starts it, talks to it, starts it again when it dies.
+
+Invariants:
+- a `generate` ends with a terminal delta or with EngineDeadError; leaving it earlier sends `Abort`;
+- only the event loop's thread touches requests and status; a reader thread per process hands every message over with
+  one `call_soon_threadsafe`, and the end of its pipe, which is the death of the process, as its last;
+- the parent keeps no end of a pipe that is the child's, so that death is end-of-file on both sides;
+- the child is spawned with SIGINT blocked: Ctrl-C is the parent's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Literal
+
+from server.engine.messages import (
+    Abort,
+    Delta,
+    EngineConfig,
+    Failed,
+    FromEngine,
+    ModelInfo,
+    Ready,
+    Shutdown,
+    StepOutput,
+    StepStats,
+    Submit,
+    ToEngine,
+)
+from server.errors import EngineDeadError, StartupError
+
+Target = Callable[[EngineConfig, Connection, Connection], None]
+Status = Literal["starting", "ready", "restarting", "dead"]
+
+MAX_DEATHS = 5  # in a row, before it is given up
+HEALTHY_SECONDS = 60.0  # a process that served this long was no failure
+FIRST_BACKOFF_SECONDS = 0.1  # doubles with every death in a row
+STOP_SECONDS = 5.0  # between `Shutdown` and the kill
+
+logger = logging.getLogger(__name__)
+
+
+def _run_worker(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
+    from server.engine.worker import run_worker  # imports torch: in the child only
+
+    run_worker(config, inbox, outbox)
+
+
+def _ignore(*_: object) -> None:
+    return
+
+
+class EngineClient:
+    """The engine, seen from the event loop. `info` is valid once `start()` has returned.
+
+    `on_step` hears of every step, `on_restart` of every process after the first.
+    """
+
+    info: ModelInfo
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        on_step: Callable[[StepStats], None] = _ignore,
+        on_restart: Callable[[], None] = _ignore,
+        target: Target = _run_worker,
+    ) -> None:
+        self.status: Status = "starting"
+        self._config = config
+        self._on_step = on_step
+        self._on_restart = on_restart
+        self._target = target
+        self._requests: dict[str, asyncio.Queue[Delta | EngineDeadError]] = {}
+        self._process: _EngineProcess | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start the process and wait until it is ready. Raises StartupError with the engine's own sentence."""
+        try:
+            process = self._launch()
+            self.info = await process.ready
+        except BaseException:
+            await self.stop()
+            raise
+        self.status = "ready"
+        self._supervisor = asyncio.create_task(self._supervise(process))
+
+    async def stop(self) -> None:
+        """End the process; what is still open ends with `abort`, or with EngineDeadError if it must be killed."""
+        self.status = "dead"
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+        if self._process is not None:
+            self._process.send(Shutdown())
+            await self._process.join()
+        self._fail_requests("The engine is stopped.")
+
+    async def generate(self, submit: Submit) -> AsyncGenerator[Delta]:
+        """Yield the request's deltas, the terminal one included. Closing it earlier aborts the request.
+
+        Raises EngineDeadError when the engine is not ready, or dies.
+        """
+        process = self._process
+        if self.status != "ready" or process is None:
+            raise EngineDeadError(f"The engine is {self.status}: try again later.")
+        assert submit.request_id not in self._requests, f"two open requests are called {submit.request_id}"
+        queue = self._requests[submit.request_id] = asyncio.Queue()
+        process.send(submit)
+        try:
+            finished = False
+            while not finished:
+                news = await queue.get()
+                if isinstance(news, EngineDeadError):
+                    raise news
+                yield news
+                finished = news.finish is not None
+        finally:
+            if self._requests.get(submit.request_id) is queue:
+                del self._requests[submit.request_id]
+                process.send(Abort(submit.request_id))
+
+    def _launch(self) -> _EngineProcess:
+        self._process = _EngineProcess(self._target, self._config, self._hear)
+        return self._process
+
+    async def _supervise(self, process: _EngineProcess) -> None:
+        """Replace every process that dies, until MAX_DEATHS of them have died in a row."""
+        ready_at, deaths = time.monotonic(), 0
+        while True:
+            await process.exited.wait()
+            self.status = "restarting"
+            self._fail_requests("The engine process died and is being restarted: try again in a moment.")
+            logger.error("The engine process died with exit code %s.", await process.join())
+            deaths = 1 if time.monotonic() - ready_at > HEALTHY_SECONDS else deaths + 1
+            if deaths == MAX_DEATHS:
+                break
+            await asyncio.sleep(FIRST_BACKOFF_SECONDS * 2 ** (deaths - 1))
+            process = self._launch()
+            self._on_restart()
+            await self._wait_ready(process)
+            ready_at = time.monotonic()
+        self.status = "dead"
+        logger.critical("The engine process died %d times in a row and is given up.", deaths)
+
+    async def _wait_ready(self, process: _EngineProcess) -> None:
+        try:
+            self.info = await process.ready
+            self.status = "ready"
+        except StartupError as error:
+            logger.error("The engine could not start again: %s", error)
+
+    def _hear(self, output: StepOutput) -> None:
+        for delta in output.deltas:
+            if (queue := self._requests.get(delta.request_id)) is not None:
+                queue.put_nowait(delta)
+                if delta.finish is not None:
+                    del self._requests[delta.request_id]
+        self._on_step(output.stats)
+
+    def _fail_requests(self, message: str) -> None:
+        for queue in self._requests.values():
+            queue.put_nowait(EngineDeadError(message))
+        self._requests.clear()
+
+
+class _EngineProcess:
+    """One life of the engine process: `ready` is its first word, `exited` its last."""
+
+    def __init__(self, target: Target, config: EngineConfig, hear: Callable[[StepOutput], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[ModelInfo] = self._loop.create_future()
+        self.exited = asyncio.Event()
+        self._hear = hear
+        context = multiprocessing.get_context("spawn")
+        child_inbox, self._inbox = context.Pipe(duplex=False)
+        outbox, child_outbox = context.Pipe(duplex=False)
+        self._process = context.Process(
+            target=target, args=(config, child_inbox, child_outbox), name="medusa-engine", daemon=True
+        )
+        with _sigint_blocked():
+            self._process.start()
+        child_inbox.close()
+        child_outbox.close()
+        threading.Thread(target=self._read, args=(outbox,), name="medusa-engine-reader", daemon=True).start()
+
+    def send(self, message: ToEngine) -> None:
+        """A dead process hears nothing; the reader thread reports it."""
+        with contextlib.suppress(OSError):
+            self._inbox.send(message)
+
+    async def join(self) -> int | None:
+        """Wait for the end of the process, kill it after STOP_SECONDS, and return its exit code."""
+        await asyncio.to_thread(self._process.join, STOP_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+        await self.exited.wait()
+        await asyncio.to_thread(self._process.join)
+        self._inbox.close()
+        return self._process.exitcode
+
+    def _read(self, outbox: Connection) -> None:
+        with outbox, contextlib.suppress(EOFError, OSError):
+            while True:
+                self._loop.call_soon_threadsafe(self._receive, outbox.recv())
+        self._loop.call_soon_threadsafe(self._end)
+
+    def _receive(self, message: FromEngine) -> None:
+        match message:
+            case StepOutput():
+                self._hear(message)
+            case Ready(info) if not self.ready.done():
+                self.ready.set_result(info)
+            case Failed(sentence):
+                self._fail(sentence)
+
+    def _end(self) -> None:
+        self._fail("The engine process died while it was starting; its output above says why.")
+        self.exited.set()
+
+    def _fail(self, sentence: str) -> None:
+        if not self.ready.done():
+            self.ready.set_exception(StartupError(sentence))
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

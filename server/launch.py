@@ -1,0 +1,155 @@
+"""`medusa-serve serve`: from settings to a listening server, and down again.
+
+Invariants:
+- the port is taken and model and heads are checked before the engine process starts, which is what imports torch;
+- SIGINT and SIGTERM end it with exit code 0, at any time, and the engine process with it;
+- model, heads, engine and address are told on stderr as they become known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+import uvloop
+from rich.console import Console
+from rich.text import Text
+
+from models.source import DEFAULT_MODEL, check_heads, read_config, resolve, resolve_heads
+from server import __version__
+from server.engine.client import EngineClient
+from server.errors import StartupError
+from server.metrics import Metrics
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+GRACE_SECONDS = 30  # for open requests, when told to stop
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal comes. Raises StartupError and ModelSourceError."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _configure_logging(settings.log_level)
+    with (
+        contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError),
+        _bound(settings.host, settings.port) as listener,
+    ):
+        _tell("medusa-serve", __version__)
+        folder = resolve(settings.model)
+        _tell("model", f"{settings.model_name}  {folder}")
+        heads = _checked_heads(settings, folder)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(settings, folder, heads, listener))
+    return 0
+
+
+def _checked_heads(settings: Settings, folder: Path) -> Path | None:
+    heads = resolve_heads(settings.heads, settings.model)
+    if heads is not None:
+        check_heads(heads, read_config(folder))
+    is_missing = heads is None and settings.heads is None and settings.model == DEFAULT_MODEL
+    why = ": the built-in ones are not installed; see medusa-serve train heads" if is_missing else ": plain decoding"
+    _tell("heads", str(heads) if heads is not None else f"none{why}")
+    return heads
+
+
+async def _serve(settings: Settings, folder: Path, heads: Path | None, listener: socket.socket) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    _on_signals(lambda _: task.cancel())
+    metrics = Metrics(settings.model_name)
+    config = settings.engine_config(folder, heads)
+    engine = EngineClient(config, on_step=metrics.on_step, on_restart=metrics.on_restart)
+    try:
+        app = await _start(engine, metrics, settings.model_name, folder)
+        server = _Server(app, settings.log_level, listener)
+        _on_signals(lambda number: server.handle_exit(number, None))
+        await server.serve(sockets=[listener])
+    finally:
+        await engine.stop()
+
+
+async def _start(engine: EngineClient, metrics: Metrics, model_name: str, folder: Path) -> FastAPI:
+    """Start the engine; read the tokenizer and import the routes while it loads."""
+    started = time.monotonic()
+    with console.status("loading the model"):
+        starting = asyncio.create_task(engine.start())
+        try:
+            app = await asyncio.to_thread(_build_app, engine, metrics, model_name, folder)
+            await starting
+        finally:
+            starting.cancel()
+            await asyncio.wait([starting])
+    info = engine.info
+    _tell("engine", f"{info.device} {info.dtype}, {info.num_heads} heads, context {info.max_model_len} tokens")
+    _tell("KV cache", f"{info.kv_cache_tokens} tokens")
+    _tell("ready after", f"{time.monotonic() - started:.1f} s")
+    return app
+
+
+def _build_app(engine: EngineClient, metrics: Metrics, model_name: str, folder: Path) -> FastAPI:
+    from server.app import create_app
+    from server.text.prompt import Tokenizer
+
+    return create_app(engine, Tokenizer.from_folder(folder), model_name=model_name, metrics=metrics)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn on our socket; the signals are ours, and the address is told when it answers."""
+
+    def __init__(self, app: FastAPI, log_level: str, listener: socket.socket) -> None:
+        is_debug = log_level == "debug"
+        config = uvicorn.Config(app, log_config=None, access_log=is_debug, timeout_graceful_shutdown=GRACE_SECONDS)
+        super().__init__(config)
+        self._listener = listener
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = self._listener.getsockname()[:2]
+        _tell("serving", f"http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that owns the port but does not listen yet: until then, clients are refused and not kept waiting."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise StartupError(
+            f"Cannot listen on {host}:{port} ({error.strerror}): stop what does, or pass another --host or --port."
+        ) from error
+    return listener
+
+
+def _on_signals(action: Callable[[int], object]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, action, number)
+
+
+def _configure_logging(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if level == "info":
+        for chatty in ("uvicorn.error", "httpx", "huggingface_hub"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _tell(what: str, value: str) -> None:
+    console.print(Text.assemble((f"{what:>12}  ", "dim"), value))

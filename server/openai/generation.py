@@ -1,0 +1,196 @@
+"""One HTTP request at the engine: its choices run side by side, tokens become text, counts and times are kept.
+
+Invariants:
+- a choice ends with exactly one piece whose `finish` is set, or with an error;
+- the texts of a choice's pieces joined are its whole text, and so with its tokens;
+- tokens after a stop string do not exist: not in the counts, not in the log-probabilities;
+- leaving early, for whatever reason, closes the engine's generators, and that aborts what still runs there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal
+
+from server.engine.messages import Delta, FinishReason, RequestStats, Submit, TokenLogprobs
+from server.errors import EngineDeadError, MedusaError
+from server.metrics import RequestTimer
+from server.openai.service import Service
+from server.text.detokenizer import Detokenizer
+
+Scored = tuple[int, TokenLogprobs | None]  # a token and its log-probabilities; the first prompt token has none
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """How tokens become text."""
+
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """News of one choice that can be shown."""
+
+    index: int
+    text: str
+    tokens: tuple[Scored, ...] = ()
+    finish: Literal["stop", "length"] | None = None
+    stop_reason: str | int | None = None
+
+
+class Choice:
+    """One submit. `echo` is said before its text; with `prompt_logprobs` the prompt's tokens come before its tokens."""
+
+    def __init__(
+        self, service: Service, submit: Submit, index: int, options: TextOptions, arrival: float, echo: str = ""
+    ) -> None:
+        self.index = index
+        self.submit = submit
+        self.num_tokens = 0
+        self.stats: RequestStats | None = None
+        self._engine = service.engine
+        self._include_stop = options.include_stop
+        self._detokenizer = Detokenizer(
+            service.tokenizer,
+            stop=options.stop,
+            include_stop=options.include_stop,
+            skip_special_tokens=options.skip_special_tokens,
+        )
+        self._timer = RequestTimer(service.metrics, arrival, len(submit.prompt), submit.sampling.max_tokens)
+        self._text = echo  # not shown yet, like the tokens
+        self._tokens: list[Scored] = []
+        self._end: FinishReason = "abort"
+
+    async def run(self) -> AsyncGenerator[Piece, None]:
+        """Raises EngineDeadError and MedusaError."""
+        try:
+            async with aclosing(self._engine.generate(self.submit)) as deltas:
+                async for delta in deltas:
+                    piece = self._take(delta)
+                    if piece is not None:
+                        yield piece
+                        if piece.finish is not None:
+                            return
+        except MedusaError:
+            self._end = "error"
+            raise
+        finally:
+            self._timer.end(self._end, self.stats)
+
+    def _take(self, delta: Delta) -> Piece | None:
+        """Take in a delta; return what can be shown, or None while there is nothing."""
+        self.stats = delta.stats
+        _raise_for(delta)
+        text, count = self._detokenize(delta)
+        self._timer.tokens(count)
+        self.num_tokens += count
+        self._text += text
+        if delta.prompt_logprobs is not None:
+            self._tokens += zip(self.submit.prompt, delta.prompt_logprobs, strict=True)
+        self._tokens += [(scored.token_id, scored) for scored in delta.logprobs[:count]]
+        return self._show(delta)
+
+    def _detokenize(self, delta: Delta) -> tuple[str, int]:
+        """Text that is safe to show, and how many of the tokens count. A token that ended the text counts unseen."""
+        hidden = delta.stop_token_id is not None and not self._include_stop
+        before = self._detokenizer.num_tokens
+        text = self._detokenizer.push(delta.token_ids[:-1] if hidden else delta.token_ids)
+        if delta.finish is not None:
+            text += self._detokenizer.finish()
+        if self._detokenizer.stopped is not None:
+            return text, self._detokenizer.num_tokens - before
+        return text, len(delta.token_ids)
+
+    def _show(self, delta: Delta) -> Piece | None:
+        finish, reason = self._finish(delta)
+        if not self._text and finish is None:
+            return None
+        if finish is not None:
+            self._end = finish
+        piece = Piece(self.index, self._text, tuple(self._tokens), finish, reason)
+        self._text, self._tokens = "", []
+        return piece
+
+    def _finish(self, delta: Delta) -> tuple[Literal["stop", "length"] | None, str | int | None]:
+        if self._detokenizer.stopped is not None:
+            return "stop", self._detokenizer.stopped
+        if delta.finish == "stop":
+            is_eos = delta.stop_token_id in self._engine.info.eos_token_ids
+            return "stop", None if is_eos else delta.stop_token_id
+        return ("length" if delta.finish == "length" else None), None
+
+
+def _raise_for(delta: Delta) -> None:
+    if delta.finish == "error":
+        raise MedusaError(delta.error or "The engine failed on this request.", code="engine_error")
+    if delta.finish == "abort":
+        raise EngineDeadError("The server is shutting down; send the request again.", code="shutting_down")
+
+
+class Generation:
+    """All choices of one HTTP request, in the order of their index."""
+
+    def __init__(
+        self,
+        service: Service,
+        submits: Sequence[Submit],
+        options: TextOptions,
+        arrival: float,
+        echoes: Sequence[str] = (),
+    ) -> None:
+        said = echoes or [""] * len(submits)
+        self.choices = [
+            Choice(service, submit, index, options, arrival, echo)
+            for index, (submit, echo) in enumerate(zip(submits, said, strict=True))
+        ]
+
+    def pieces(self) -> AsyncGenerator[Piece, None]:
+        """News of all choices as they come."""
+        return merge([choice.run() for choice in self.choices])
+
+    async def complete(self) -> list[Piece]:
+        """Wait for the end; one piece for each choice."""
+        parts: list[list[Piece]] = [[] for _ in self.choices]
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                parts[piece.index].append(piece)
+        return [_join(part) for part in parts]
+
+
+def _join(parts: Sequence[Piece]) -> Piece:
+    text = "".join(part.text for part in parts)
+    tokens = tuple(token for part in parts for token in part.tokens)
+    return Piece(parts[-1].index, text, tokens, parts[-1].finish, parts[-1].stop_reason)
+
+
+async def merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    """Run all streams at once and yield what comes. The first error, or leaving, closes them all."""
+    queue: asyncio.Queue[Piece | asyncio.Task[None]] = asyncio.Queue()
+
+    async def pump(stream: AsyncGenerator[Piece, None]) -> None:
+        async with aclosing(stream):
+            async for piece in stream:
+                queue.put_nowait(piece)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    for task in tasks:
+        task.add_done_callback(queue.put_nowait)
+    try:
+        open_streams = len(tasks)
+        while open_streams:
+            item = await queue.get()
+            if isinstance(item, asyncio.Task):
+                item.result()
+                open_streams -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,127 @@
+"""From a validated request to the engine's `Submit`s: everything that needs the model to be judged.
+
+Invariants:
+- every token id that leaves here is in the vocabulary; every prompt has a token and fits with its completion;
+- choices of one prompt share the seed and differ in `choice`, so a choice's text does not depend on its neighbours.
+Raises InvalidRequestError and ContextLengthError, with `param` naming the field.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from server.engine.messages import ModelInfo, SamplingParams, SpeculationParams, Submit
+from server.errors import ContextLengthError, InvalidRequestError
+from server.openai.schema import GenerationRequest, SpeculationOptions
+
+
+def build_submits(
+    request: GenerationRequest,
+    info: ModelInfo,
+    prompts: Sequence[Sequence[int]],
+    request_id: str,
+    *,
+    param: str,
+    max_tokens: int | None,
+    default_max_tokens: int | None = None,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+) -> list[Submit]:
+    """`n` submits for each prompt, in the order of their index. `param` is the field that the prompts came in.
+
+    Without `max_tokens` a completion may have `default_max_tokens`, and without either all that fit.
+    """
+    same = replace(_sampling_params(request, info), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    speculation = speculation_params(request.speculation)
+    submits: list[Submit] = []
+    for prompt in prompts:
+        limit = _token_limit(len(prompt), max_tokens, default_max_tokens, info.max_model_len, param)
+        if request.min_tokens > limit:
+            raise InvalidRequestError(
+                f"min_tokens is {request.min_tokens}, but at most {limit} tokens can be generated.", param="min_tokens"
+            )
+        for choice in range(request.n):
+            sampling = replace(same, max_tokens=limit, choice=choice)
+            name = f"{request_id}-{len(submits)}"
+            submits.append(Submit(name, tuple(prompt), sampling, speculation, request.priority))
+    return submits
+
+
+def _sampling_params(request: GenerationRequest, info: ModelInfo) -> SamplingParams:
+    """What all choices of all prompts have in common."""
+    check_token_ids(request.stop_token_ids, info, "stop_token_ids")
+    return SamplingParams(
+        max_tokens=0,
+        min_tokens=request.min_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=max(request.top_k, 0),
+        min_p=request.min_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=_logit_bias(request.logit_bias, info),
+        stop_token_ids=tuple(request.stop_token_ids),
+        ignore_eos=request.ignore_eos,
+        seed=secrets.randbits(63) if request.seed is None else request.seed,
+    )
+
+
+def check_stream_options(request: GenerationRequest) -> None:
+    """Options that only streams can honour are refused elsewhere."""
+    options = request.stream_options
+    if options is None:
+        return
+    if not request.stream:
+        raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
+    if options.continuous_usage_stats and not options.include_usage:
+        raise InvalidRequestError("continuous_usage_stats needs include_usage to be true.", param="stream_options")
+
+
+def check_token_ids(token_ids: Iterable[int], info: ModelInfo, param: str) -> None:
+    """Raises InvalidRequestError for the first id outside the vocabulary."""
+    for token_id in token_ids:
+        if not 0 <= token_id < info.vocab_size:
+            raise InvalidRequestError(
+                f"Token id {token_id} is not in the vocabulary, which ends at {info.vocab_size - 1}.", param=param
+            )
+
+
+def speculation_params(options: SpeculationOptions) -> SpeculationParams:
+    """Refuses options that the chosen mode would not look at."""
+    given = options.model_fields_set
+    if options.mode != "typical" and given & {"epsilon", "delta"}:
+        raise InvalidRequestError('epsilon and delta need the mode "typical".', param="speculation")
+    if options.mode == "off" and options.max_nodes:
+        raise InvalidRequestError('max_nodes cannot be used with the mode "off".', param="speculation.max_nodes")
+    return SpeculationParams(options.mode, options.max_nodes, options.epsilon, options.delta)
+
+
+def _logit_bias(bias: dict[str, float], info: ModelInfo) -> tuple[tuple[int, float], ...]:
+    for key in bias:
+        if not (key.isascii() and key.isdigit()):
+            raise InvalidRequestError(f"The keys of logit_bias are token ids; {key!r} is none.", param="logit_bias")
+    biases = {int(key): value for key, value in bias.items() if len(key) < 20}
+    if len(biases) != len(bias):
+        raise InvalidRequestError("logit_bias names a token twice or out of range.", param="logit_bias")
+    check_token_ids(biases, info, "logit_bias")
+    return tuple(biases.items())
+
+
+def _token_limit(num_prompt: int, wanted: int | None, default: int | None, max_model_len: int, param: str) -> int:
+    """How many tokens may follow `num_prompt` prompt tokens."""
+    if num_prompt == 0:
+        raise InvalidRequestError("The prompt is empty; send at least one token.", param=param)
+    room = max_model_len - num_prompt
+    if wanted is None and room > 0:
+        return room if default is None else min(default, room)
+    if wanted is not None and wanted <= room:
+        return wanted
+    asked = f"{num_prompt} in the prompt" + (f", {wanted} in the completion" if wanted is not None else "")
+    raise ContextLengthError(
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+        f"{num_prompt + (wanted or 0)} tokens ({asked}). Please reduce the length of the prompt or completion.",
+        param=param,
+    )

@@ -1,0 +1,64 @@
+"""What every route needs of the rest of the house: the engine, the tokenizer, the metrics, the model's name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, Protocol
+
+from fastapi import Depends, Request
+
+from server.engine.messages import Delta, ModelInfo, Submit
+from server.errors import EngineDeadError, ModelNotFoundError
+from server.metrics import Metrics
+from server.text.prompt import Tokenizer
+
+Status = Literal["starting", "ready", "restarting", "dead"]
+
+
+class Engine(Protocol):
+    """The asyncio side of the engine, as far as the routes use it."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+    @property
+    def status(self) -> Status: ...
+    async def stop(self) -> None: ...
+    def generate(self, submit: Submit) -> AsyncGenerator[Delta, None]:
+        """Deltas up to the terminal one. Closing it earlier aborts the request. Raises EngineDeadError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Service:
+    """One served model."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    metrics: Metrics
+    model_name: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def check_ready(self) -> None:
+        """Raises EngineDeadError unless the engine takes requests."""
+        if self.engine.status == "dead":
+            raise EngineDeadError("The engine has stopped and does not come back; restart the server.")
+        if self.engine.status != "ready":
+            raise EngineDeadError(f"The engine is {self.engine.status}; try again in a few seconds.")
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelNotFoundError unless `name` is the served model, or absent."""
+        if name is not None and name != self.model_name:
+            raise ModelNotFoundError(
+                f"The model '{name}' does not exist; this server has '{self.model_name}'.", param="model"
+            )
+
+
+def _service(request: Request) -> Service:
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+ServiceDep = Annotated[Service, Depends(_service)]

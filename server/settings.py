@@ -1,0 +1,143 @@
+"""The only configuration: flags over `MEDUSA_*` environment over a YAML file over defaults; one frozen tree.
+
+Invariants:
+- a key that is not a field, or a value that does not fit, is one sentence (StartupError), wherever it came from;
+- nothing else in the house reads flags or files of configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliPositionalArg,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
+
+from server.engine.messages import EngineConfig
+from server.errors import StartupError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class Settings(BaseSettings):
+    """Serve a model over the OpenAI API. A flag is also a variable (MEDUSA_PORT) and a key of the YAML file (port)."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="MEDUSA_",
+        env_ignore_empty=True,
+        protected_namespaces=(),
+        cli_prog_name="medusa-serve serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_exit_on_error=False,
+    )
+
+    model: CliPositionalArg[str] = Field(
+        DEFAULT_MODEL, description="a folder, a GGUF file, a hub id (org/name), or the built-in model's name"
+    )
+    heads: str | None = Field(None, description="Medusa heads: file, folder or 'none'; built-in for the default model")
+    config: Path | None = Field(None, description="YAML file with any of these settings")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is all")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 is any free one")
+    served_model_name: str | None = Field(None, description="the model's name in the API; by default as given")
+    device: Device = Field("auto", description="where the model runs")
+    dtype: Dtype = Field("auto", description="type of the weights")
+    max_model_len: int | None = Field(None, ge=1, description="tokens of prompt and completion; by default the model's")
+    max_num_seqs: int = Field(64, ge=1, description="requests in one batch")
+    max_num_batched_rows: int = Field(512, ge=64, description="token positions in one forward pass")
+    kv_cache_tokens: int | None = Field(None, ge=1, description="tokens in the KV cache; by default from free memory")
+    prefix_cache: bool = Field(True, description="reuse the KV of common prompt beginnings")
+    num_nodes: int = Field(
+        4, ge=0, le=63, description="guessed tokens verified per request and step; 0 is plain decoding"
+    )
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; by default all cores")
+    log_level: LogLevel = Field("info", description="how much is logged")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """First wins; the flags come before all of these."""
+        return init_settings, env_settings, _YamlFile(settings_cls)
+
+    @property
+    def model_name(self) -> str:
+        """What the API calls the model."""
+        return self.served_model_name or self.model
+
+    def engine_config(self, model: Path, heads: Path | None) -> EngineConfig:
+        """What the engine process is told, with `model` and `heads` resolved to local paths."""
+        return EngineConfig(
+            model=str(model),
+            heads=None if heads is None else str(heads),
+            device=self.device,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_rows=self.max_num_batched_rows,
+            kv_cache_tokens=self.kv_cache_tokens,
+            prefix_cache=self.prefix_cache,
+            num_nodes=self.num_nodes,
+            num_threads=self.num_threads,
+        )
+
+
+class _YamlFile(YamlConfigSettingsSource):
+    """The file that flags or environment name as `config`."""
+
+    def __call__(self) -> dict[str, Any]:
+        path = self.current_state.get("config")
+        return {} if path is None else _read_yaml(Path(path))
+
+
+def load(argv: Sequence[str]) -> Settings:
+    """Settings from flags, environment and file. `--help` prints and leaves. Raises StartupError."""
+    try:
+        return CliApp.run(Settings, cli_args=list(argv))
+    except SettingsError as error:
+        reason = str(error).removeprefix("error parsing CLI: ")
+        raise StartupError(f"Cannot understand the command line: {reason}; see medusa-serve serve --help.") from error
+    except ValidationError as error:
+        raise StartupError(_sentence(error)) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise StartupError(f"Cannot read the configuration {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StartupError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise StartupError(f"{path} must hold settings, one `name: value` a line.")
+    if unknown := [str(key) for key in content if key not in Settings.model_fields or key == "config"]:
+        raise StartupError(f"{path} has the unknown setting {unknown[0]!r}; see medusa-serve serve --help.")
+    return content
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name, value = ".".join(str(part) for part in first["loc"]), first["input"]
+    return f"The setting {name} cannot be {value!r}: {first['msg']}."

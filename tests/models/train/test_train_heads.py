@@ -1,0 +1,130 @@
+"""The whole command on a tiny model: folder written, stopped and continued, evaluated, refused."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.checkpoint import WEIGHTS_NAME, load_heads
+from models.train import evaluate, heads
+from models.train.acceptance import measure_accuracies, tau_by_nodes
+from models.train.data import Example, load_examples
+from models.train.distill import Distiller
+from models.train.trunk import load_trunk
+
+
+@pytest.fixture
+def command(tiny_model: Path, own_text: Path, tmp_path: Path) -> list[str]:
+    return [
+        str(tiny_model),
+        *("--data", str(own_text), "--output", str(tmp_path / "heads"), "--device", "cpu"),
+        *("--num-heads", "3", "--draft-vocab", "40", "--epochs", "3", "--batch-size", "64", "--lr", "0.01"),
+        *("--validation-fraction", "0.3"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def own_text(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text that the tiny model wrote greedily."""
+    model, tokenizer = load_trunk(tiny_model, torch.float32, "cpu")
+    rows = []
+    for word in range(40):
+        prompt = f"w{word}"
+        start = torch.tensor([tokenizer(prompt)["input_ids"]])
+        with torch.no_grad():
+            written = model.generate(start, max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=None)
+        rows.append({"prompt": prompt, "completion": tokenizer.decode(written[0, 1:]), "temp": 0})
+    path = tmp_path_factory.mktemp("own") / "own.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_training_writes_heads_that_load_and_guess(
+    command: list[str], tiny_model: Path, own_text: Path, tmp_path: Path
+) -> None:
+    assert heads.main(command) == 0
+    config = json.loads((tmp_path / "heads" / "config.json").read_text())
+    assert (config["medusa_num_heads"], config["hidden_size"], config["draft_vocab_size"]) == (3, 32, 40)
+    assert config["training"]["losses"] == sorted(config["training"]["losses"], reverse=True)
+    assert "--draft-vocab 40" in (tmp_path / "heads" / "README.md").read_text()
+
+    model, tokenizer = load_trunk(tiny_model, torch.float32, "cpu")
+    trained = load_heads(tmp_path / "heads", model.get_output_embeddings())
+    examples = load_examples([own_text], tokenizer, validation_fraction=0.3)
+    ranked = [evaluate.rank_example(model, trained, examples[i]) for i in evaluate.held_out(examples)]
+    texts = [text for found, _ in ranked for text in found]
+    assert all(agreement == 1.0 for _, agreement in ranked)
+    np.testing.assert_allclose(measure_accuracies(texts), trained.accuracies, atol=0.03)
+    assert tau_by_nodes(texts, trained.accuracies or ())[3].measured > 1.3
+
+
+def test_stopped_and_resumed_equals_uninterrupted(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert heads.main(command) == 0
+    whole = load_file(tmp_path / "heads" / WEIGHTS_NAME)
+
+    steps = iter(range(1000))
+    step = Distiller._step
+
+    def interrupted(self: Distiller, batch: Any) -> float:
+        if next(steps) == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(Distiller, "_step", interrupted)
+    again = [*command, "--output", str(tmp_path / "again")]
+    assert heads.main(again) == 130
+    assert not (tmp_path / "again" / "config.json").exists()
+    assert heads.main([*again, "--resume"]) == 0
+    resumed = load_file(tmp_path / "again" / WEIGHTS_NAME)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert next(steps) < 13 + 30
+
+
+def test_evaluate_prints_both_taus(
+    command: list[str], own_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert heads.main(command) == 0
+    arguments = [command[0], "--heads", str(tmp_path / "heads"), "--data", str(own_text), "--device", "cpu"]
+    assert evaluate.main([*arguments, "--validation-fraction", "0.3"]) == 0
+    printed = capsys.readouterr().out
+    assert "100.0%" in printed
+    assert "Tokens per step" in printed
+    assert len([line for line in printed.splitlines() if "│" in line]) >= 3 + 7
+
+
+def test_all_positions_learn_from_more(command: list[str], tiny_model: Path, chats: Path, tmp_path: Path) -> None:
+    chat = [*command, "--data", str(chats), "--epochs", "1"]
+    positions = []
+    for extra in ([], ["--all-positions"]):
+        assert heads.main([*chat, *extra]) == 0
+        positions.append(json.loads((tmp_path / "heads" / "config.json").read_text())["training"]["positions"])
+    assert positions[0] < positions[1]
+
+
+def test_held_out_prefers_greedy_rows() -> None:
+    rows = [Example((1, 2), (True, True), held_out, greedy) for held_out, greedy in ((1, 0), (1, 1), (0, 1), (1, 1))]
+    assert evaluate.held_out(rows) == [1, 3]
+    assert evaluate.held_out(rows[:1]) == [0]
+
+
+def test_what_cannot_be_done_is_said_in_a_sentence(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert heads.main([*command, "--data", str(tmp_path / "absent.jsonl")]) == 2
+    assert "Cannot read" in capsys.readouterr().err
+    assert heads.main([*command, "--validation-fraction", "0"]) == 2
+    assert "held out" in capsys.readouterr().err
+    assert heads.main([*command, "--epochs", "1"]) == 0
+    assert heads.main([*command, "--epochs", "2", "--resume"]) == 2
+    assert "without" in capsys.readouterr().err
+    assert evaluate.main([command[0], "--heads", str(tmp_path / "none"), "--data", command[2]]) == 2
+    assert "nothing at" in capsys.readouterr().err

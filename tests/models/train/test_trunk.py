@@ -1,0 +1,66 @@
+"""The cache against plain transformers forwards, built in one go or in two."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from models.train import trunk
+from models.train.data import Example
+from models.train.trunk import build_cache, load_trunk
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> Any:
+    return load_trunk(tiny_model, torch.float32, "cpu")[0]
+
+
+@pytest.fixture
+def examples() -> list[Example]:
+    draw = np.random.default_rng(0)
+    lengths = [5, 40, 1, 17, 33, 8, 21]
+    return [Example(tuple(draw.integers(64, size=n).tolist()), (True,) * n, False, False) for n in lengths]
+
+
+def test_cache_holds_what_the_model_says(model: Any, examples: list[Example], tmp_path: Path) -> None:
+    cache = build_cache(model, examples, tmp_path)
+    for i, example in enumerate(examples):
+        here = slice(cache.starts[i], cache.starts[i + 1])
+        with torch.no_grad():
+            said = model(torch.tensor([example.tokens]), output_hidden_states=True)
+        probs = said.logits[0].softmax(-1)
+        assert cache.tokens[here].tolist() == list(example.tokens)
+        np.testing.assert_allclose(cache.hidden[here], said.hidden_states[-1][0], rtol=2e-3, atol=2e-3)
+        stored = torch.from_numpy(cache.teacher_ids[here].astype(np.int64))
+        np.testing.assert_allclose(cache.teacher_probs[here], probs.gather(1, stored), rtol=2e-3, atol=1e-6)
+        assert np.array_equal(cache.teacher_ids[here][:, 0], probs.argmax(-1))
+
+
+def test_an_interrupted_build_goes_on(
+    model: Any, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trunk, "_ROWS_PER_FORWARD", 40)
+    whole = build_cache(model, examples, tmp_path / "whole")
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(model, examples, tmp_path / "parts", progress=stop)
+    forwards: list[int] = []
+    handle = model.register_forward_hook(lambda *_: forwards.append(1))
+    parts = build_cache(model, examples, tmp_path / "parts")
+    handle.remove()
+    assert 0 < len(forwards) < 5
+    assert np.array_equal(whole.hidden, parts.hidden)
+    assert np.array_equal(whole.teacher_ids, parts.teacher_ids)
+
+
+def test_other_text_has_another_cache(model: Any, examples: list[Example], tmp_path: Path) -> None:
+    build_cache(model, examples, tmp_path)
+    build_cache(model, examples[1:], tmp_path)
+    build_cache(model, examples, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,0 +1,205 @@
+"""The engine's process seen from asyncio, with small workers in place of the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from server.engine import client as client_module
+from server.engine.client import EngineClient
+from server.engine.messages import (
+    Abort,
+    Delta,
+    EngineConfig,
+    Failed,
+    ModelInfo,
+    Ready,
+    SamplingParams,
+    Shutdown,
+    StepOutput,
+    StepStats,
+    Submit,
+)
+from server.errors import EngineDeadError, StartupError
+
+CRASH = 666
+INFO = ModelInfo("", 10, 100, (0,), 0, 1000, "cpu", "float32")
+
+
+def echo(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
+    """Answers every prompt with itself, one token a step; dies at CRASH."""
+    outbox.send(Ready(INFO))
+    while not isinstance(message := inbox.recv(), Shutdown):
+        if isinstance(message, Submit):
+            for n, token in enumerate(message.prompt, 1):
+                if token == CRASH:
+                    os._exit(3)
+                finish = "stop" if n == len(message.prompt) else None
+                outbox.send(StepOutput((Delta(message.request_id, (token,), finish=finish),), StepStats(num_running=1)))
+
+
+def slow(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
+    """One token and then silence; writes what it hears into the file that the configuration calls the model."""
+    outbox.send(Ready(INFO))
+    while not isinstance(message := inbox.recv(), Shutdown):
+        with Path(config.model).open("a") as log:
+            log.write(f"{type(message).__name__} {message.request_id}\n")
+        if isinstance(message, Submit):
+            outbox.send(StepOutput((Delta(message.request_id, (1,)),), StepStats()))
+        if isinstance(message, Abort):
+            outbox.send(StepOutput((Delta(message.request_id, finish="abort"),), StepStats()))
+
+
+def refusing(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
+    outbox.send(Failed("No such device: pass --device cpu."))
+
+
+def dying(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
+    os._exit(9)
+
+
+def ready_once(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
+    """Ready in its first life; every later one fails to start."""
+    if Path(config.model).exists():
+        outbox.send(Failed("Out of memory."))
+        return
+    Path(config.model).touch()
+    outbox.send(Ready(INFO))
+
+
+def deaf(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
+    outbox.send(Ready(INFO))
+    time.sleep(600)
+
+
+def submit(name: str, *prompt: int) -> Submit:
+    return Submit(name, prompt, SamplingParams(max_tokens=16))
+
+
+async def collect(engine: EngineClient, name: str, *prompt: int) -> list[int]:
+    return [token async for delta in engine.generate(submit(name, *prompt)) for token in delta.token_ids]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110  what it waits for tells nobody
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def running(engine: EngineClient) -> AsyncIterator[EngineClient]:
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+async def test_requests_are_answered_side_by_side() -> None:
+    steps: list[StepStats] = []
+    async with running(EngineClient(EngineConfig(""), target=echo, on_step=steps.append)) as engine:
+        assert (engine.status, engine.info) == ("ready", INFO)
+        prompts = [range(n, n + 5) for n in range(20)]
+        answers = await asyncio.gather(*(collect(engine, str(n), *prompt) for n, prompt in enumerate(prompts)))
+        assert answers == [list(prompt) for prompt in prompts]
+        assert sum(step.num_running for step in steps) == 100
+    assert engine.status == "dead"
+    with pytest.raises(EngineDeadError, match="dead"):
+        await collect(engine, "late", 1)
+
+
+async def test_a_crash_fails_the_open_requests_and_the_engine_comes_back() -> None:
+    restarts: list[None] = []
+    async with running(EngineClient(EngineConfig(""), target=echo, on_restart=lambda: restarts.append(None))) as engine:
+        with pytest.raises(EngineDeadError, match="restarted"):
+            await collect(engine, "bad", 1, CRASH, 2)
+        assert engine.status == "restarting"
+        with pytest.raises(EngineDeadError, match="restarting"):
+            await collect(engine, "early", 1)
+        await until(lambda: engine.status == "ready")
+        assert await collect(engine, "good", 1, 2) == [1, 2]
+        assert len(restarts) == 1
+
+
+async def test_leaving_a_request_early_aborts_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    async with running(EngineClient(EngineConfig(str(log)), target=slow)) as engine:
+        closed = engine.generate(submit("closed", 1))
+        assert (await anext(closed)).token_ids == (1,)
+        await closed.aclose()
+        cancelled = asyncio.create_task(collect(engine, "cancelled", 1))
+        await until(lambda: "Submit cancelled" in log.read_text())
+        cancelled.cancel()
+        await until(lambda: "Abort cancelled" in log.read_text())
+        assert log.read_text().split("\n")[1] == "Abort closed"
+        again = engine.generate(submit("closed", 1))
+        assert (await anext(again)).finish is None  # the late terminal delta of the first is not the second's
+        await again.aclose()
+
+
+async def test_a_finished_request_is_not_aborted(tmp_path: Path) -> None:
+    sent: list[object] = []
+    async with running(EngineClient(EngineConfig(""), target=echo)) as engine:
+        assert engine._process is not None
+        send = engine._process.send
+        engine._process.send = lambda message: (sent.append(message), send(message))[1]  # type: ignore[method-assign]
+        request = engine.generate(submit("done", 1))
+        assert (await anext(request)).finish == "stop"
+        await request.aclose()
+        assert [type(message) for message in sent] == [Submit]
+
+
+@pytest.mark.parametrize(("worker", "sentence"), [(refusing, "--device cpu"), (dying, "died while it was starting")])
+async def test_an_engine_that_cannot_start_says_why(worker: client_module.Target, sentence: str) -> None:
+    with pytest.raises(StartupError, match=sentence):
+        await EngineClient(EngineConfig(""), target=worker).start()
+
+
+async def test_an_engine_that_keeps_dying_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "FIRST_BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr(client_module, "MAX_DEATHS", 3)
+    restarts: list[None] = []
+    config = EngineConfig(str(tmp_path / "born"))
+    async with running(EngineClient(config, target=ready_once, on_restart=lambda: restarts.append(None))) as engine:
+        await until(lambda: engine.status == "dead")
+        assert len(restarts) == 2
+
+
+async def test_stop_kills_a_process_that_does_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "STOP_SECONDS", 0.1)
+    engine = EngineClient(EngineConfig(""), target=deaf)
+    await engine.start()
+    assert engine._process is not None
+    open_request = asyncio.create_task(collect(engine, "open", 1))
+    await asyncio.sleep(0)
+    await engine.stop()
+    with pytest.raises(EngineDeadError, match="stopped"):
+        await open_request
+    assert engine._process._process.exitcode == -signal.SIGKILL
+
+
+async def test_a_cancelled_start_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "STOP_SECONDS", 0.1)
+    engine = EngineClient(EngineConfig(""), target=deaf)
+    start = asyncio.create_task(engine.start())
+    await asyncio.sleep(0)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert engine._process is not None
+    assert engine._process._process.exitcode is not None
+
+
+async def test_an_interrupt_is_the_parents_alone() -> None:
+    async with running(EngineClient(EngineConfig(""), target=echo)) as engine:
+        assert engine._process is not None
+        os.kill(engine._process._process.pid or 0, signal.SIGINT)
+        assert await collect(engine, "alive", 1) == [1]
