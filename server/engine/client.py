@@ -129,6 +129,11 @@ class EngineClient:
                 del self._requests[submit.request_id]
                 process.send(Abort(submit.request_id))
 
+    def abort(self, request_id: str) -> None:
+        """End a request early; its `generate` goes on to the terminal delta."""
+        if self._process is not None:
+            self._process.send(Abort(request_id))
+
     def _launch(self) -> _EngineProcess:
         self._process = _EngineProcess(self._target, self._config, self._hear)
         return self._process

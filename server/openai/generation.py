@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,6 +73,8 @@ class Choice:
             async with aclosing(self._engine.generate(self.submit)) as deltas:
                 async for delta in deltas:
                     piece = self._take(delta)
+                    if piece is not None and piece.finish is not None and delta.finish is None:
+                        await self._stop(deltas)
                     if piece is not None:
                         yield piece
                         if piece.finish is not None:
@@ -82,6 +84,13 @@ class Choice:
             raise
         finally:
             self._timer.end(self._end, self.stats)
+
+    async def _stop(self, deltas: AsyncGenerator[Delta, None]) -> None:
+        """End the request at a stop string, which only we can see, and hear what it has cost."""
+        self._engine.abort(self.submit.request_id)
+        with suppress(EngineDeadError):  # the text is complete all the same
+            async for delta in deltas:
+                self.stats = delta.stats
 
     def _take(self, delta: Delta) -> Piece | None:
         """Take in a delta; return what can be shown, or None while there is nothing."""

@@ -29,6 +29,9 @@ class Engine(Protocol):
         """Deltas up to the terminal one. Closing it earlier aborts the request. Raises EngineDeadError."""
         ...
 
+    def abort(self, request_id: str) -> None:
+        """End a request early; its `generate` goes on to the terminal delta."""
+
 
 @dataclass(frozen=True)
 class Service:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from rich.box import MARKDOWN
 from rich.table import Table
 
 from tests.bench.measure import Round
@@ -65,14 +66,13 @@ def mean_acceptance_length(rounds: Sequence[Round]) -> float | None:
     return 1 + sum(sample.num_accepted for sample in samples) / steps if steps else None
 
 
-def table(summaries: Sequence[Summary], title: str) -> Table:
-    """For people."""
-    result = Table(title=title, title_justify="left")
+def table(summaries: Sequence[Summary]) -> Table:
+    """For people; in Markdown, to be pasted."""
+    result = Table(box=MARKDOWN)
     for column in ("streams", "side", "tokens/s", "ratio (low..high)", "first token, ms", "accepted + 1", "same text"):
-        result.add_column(column, justify="left" if column == "side" else "right")
-    for index, item in enumerate(summaries):
-        ends_level = index + 1 == len(summaries) or summaries[index + 1].concurrency != item.concurrency
-        result.add_row(*_cells(item), end_section=ends_level)
+        result.add_column(column, justify="left" if column == "side" else "right", no_wrap=True)
+    for item in summaries:
+        result.add_row(*_cells(item))
     return result
 
 

@@ -25,6 +25,7 @@ from tests.bench.measure import Plan, Round, measure
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 PLAIN = "plain"
+TABLE_WIDTH = 120  # where no terminal says another
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,7 +100,10 @@ async def collect(sides: Sequence[Side], plan: Plan) -> list[Round]:
 def publish(rounds: Sequence[Round], path: Path | None) -> None:
     """The table on stdout and, if asked for, everything in a file."""
     machine, summaries = this_machine(), report.summarize(rounds, PLAIN)
-    Console().print(report.table(summaries, title=str(machine)))
+    console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+    console.print(str(machine), report.table(summaries), sep="\n")
+    if all(item.mean_acceptance_length is None for item in summaries):
+        console.print("No guess was verified: the server has no heads, so both sides decoded plainly.")
     if path:
         content = {"machine": machine, "summaries": summaries, "rounds": rounds}
         path.write_text(json.dumps(content, default=asdict, indent=1) + "\n", encoding="utf-8")

@@ -139,7 +139,16 @@ def test_the_command_compares_tree_sizes_with_plain_decoding(tmp_path, capsys: p
     ]
     assert {body["model"] for body in bodies} == {"served"}
     assert {body["speculation"].get("max_nodes") for body in bodies} == {None, 2, 8}
-    assert written["machine"]["cpu"] in " ".join(capsys.readouterr().out.split())
+    output = capsys.readouterr().out
+    assert written["machine"]["cpu"] in output
+    assert "| medusa, 8 nodes |" in output
+    assert "no heads" not in output
+
+
+def test_a_server_without_heads_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with fake_server((*CHUNKS[:3], CHUNKS[3] | {"metrics": None})) as (port, _):
+        main(["--port", str(port), "--concurrency", "1", "--rounds", "1"])
+    assert "has no heads" in capsys.readouterr().out
 
 
 def test_the_command_fails_with_a_sentence() -> None:

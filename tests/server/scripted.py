@@ -104,6 +104,9 @@ class ScriptedEngine:
     async def stop(self) -> None:
         self.stopped = True
 
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
     async def generate(self, submit: Submit) -> AsyncGenerator[Delta, None]:
         self.submits.append(submit)
         finished = False
@@ -113,6 +116,10 @@ class ScriptedEngine:
                 if isinstance(item, Exception):
                     finished = True
                     raise item
+                if submit.request_id in self.aborted:
+                    finished = True
+                    yield Delta(submit.request_id, finish="abort", stats=stats(submit, 1, num_spec_steps=2))
+                    return
                 if isinstance(item, str):
                     await asyncio.Event().wait()
                     continue

@@ -145,6 +145,14 @@ async def test_leaving_a_request_early_aborts_it(tmp_path: Path) -> None:
         await again.aclose()
 
 
+async def test_an_aborted_request_is_heard_to_its_end(tmp_path: Path) -> None:
+    async with running(EngineClient(EngineConfig(str(tmp_path / "log")), target=slow)) as engine:
+        request = engine.generate(submit("a", 1))
+        await anext(request)
+        engine.abort("a")
+        assert [delta.finish async for delta in request] == ["abort"]
+
+
 async def test_a_finished_request_is_not_aborted(tmp_path: Path) -> None:
     sent: list[object] = []
     async with running(EngineClient(EngineConfig(""), target=echo)) as engine:

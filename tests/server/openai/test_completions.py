@@ -10,6 +10,7 @@ import pytest
 from scripted import EOS, MODEL, ScriptedEngine, events, say
 
 from server.engine.messages import Delta, Submit, TokenLogprobs
+from server.errors import EngineDeadError
 
 
 async def post(client: httpx.AsyncClient, **body: object) -> dict:
@@ -130,9 +131,17 @@ async def test_stop_string(
     assert engine.aborted == ([] if by == 8 else [engine.submits[0].request_id])
 
 
-async def test_what_the_engine_did_not_say_is_null(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+async def test_a_stop_string_still_tells_what_it_has_cost(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     engine.script = lambda submit: say(submit, "one two ")
     body = await post(client, stop="e")
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+    assert body["metrics"]["speculative_decoding"]["num_spec_steps"] == 2
+
+
+async def test_what_the_engine_did_not_say_is_null(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.script = lambda submit: [*say(submit, "one two ")[:3], EngineDeadError("gone")]
+    body = await post(client, stop="e")
+    assert body["choices"][0]["text"] == "on"
     assert body["usage"]["prompt_tokens_details"] is None
     assert body["metrics"]["speculative_decoding"] is None
 

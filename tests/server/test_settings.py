@@ -1,0 +1,89 @@
+"""Where settings come from, and what refuses them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from models.source import DEFAULT_MODEL as SOURCE_DEFAULT
+from server.engine.messages import EngineConfig
+from server.errors import StartupError
+from server.settings import DEFAULT_MODEL, load
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "medusa.yaml"
+    path.write_text("port: 1\nhost: yaml\nmodel: yaml/model\nmax_num_seqs: 3\n")
+    return path
+
+
+def test_flags_beat_environment_beats_file_beats_defaults(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDUSA_PORT", "2")
+    monkeypatch.setenv("MEDUSA_HOST", "env")
+    monkeypatch.setenv("MEDUSA_HEADS", "")
+    settings = load(["--config", str(file), "--port", "3"])
+    assert (settings.port, settings.host, settings.model) == (3, "env", "yaml/model")
+    assert (settings.max_num_seqs, settings.dtype, settings.heads) == (3, "auto", None)
+
+
+def test_the_environment_may_name_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDUSA_CONFIG", str(file))
+    assert load([]).port == 1
+
+
+def test_the_model_is_positional_and_names_itself() -> None:
+    assert load([]).model_name == DEFAULT_MODEL == SOURCE_DEFAULT
+    assert load(["org/name"]).model_name == "org/name"
+    assert load(["org/name", "--served-model-name", "mine"]).model_name == "mine"
+
+
+def test_the_engine_is_told_all_that_concerns_it() -> None:
+    flags = "--no-prefix-cache --num-nodes 0 --dtype bfloat16 --device cpu --num-threads 2 --max-num-seqs 5"
+    more = "--max-num-batched-rows 99 --kv-cache-tokens 700 --max-model-len 600"
+    config = load([*flags.split(), *more.split()]).engine_config(Path("/model"), None)
+    assert config == EngineConfig("/model", None, "cpu", "bfloat16", 600, 5, 99, 700, False, 0, 2)
+    assert load([]).engine_config(Path("/model"), Path("/heads")) == EngineConfig("/model", "/heads")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--prot", "1"], "unrecognized arguments: --prot"),
+        (["--port"], "--port: expected one argument"),
+        (["--port", "x"], "port cannot be 'x'"),
+        (["--device", "tpu"], "device cannot be 'tpu'"),
+        (["--num-nodes", "64"], "num_nodes cannot be '64'"),
+        (["--config", "/nowhere.yaml"], "Cannot read the configuration /nowhere.yaml"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(flags: list[str], sentence: str) -> None:
+    with pytest.raises(StartupError, match=sentence) as caught:
+        load(flags)
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("prot: 1", "unknown setting 'prot'"),
+        ("config: other.yaml", "unknown setting 'config'"),
+        ("port: x", "port cannot be 'x'"),
+        ("- 1", "must hold settings"),
+        ("port: [", "is not valid YAML"),
+    ],
+)
+def test_wrong_files_are_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+    file = tmp_path / "medusa.yaml"
+    file.write_text(content)
+    with pytest.raises(StartupError, match=sentence) as caught:
+        load(["--config", str(file)])
+    assert "\n" not in caught.value.message
+
+
+def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(["--help"])
+    assert caught.value.code == 0
+    assert "--max-num-batched-rows" in capsys.readouterr().out
