@@ -8,7 +8,6 @@ Invariants:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +32,7 @@ from models.batch import Batch
 from models.kv_pool import KVPool
 from models.probe import (
     BackboneError,
+    check_architecture,
     check_logits,
     position_limit,
     read_layers,
@@ -49,11 +49,12 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Take over a built model, on its device and in its dtype. Raises `BackboneError`."""
+        check_architecture(type(model))
         self._model = model.eval()
         self.config = model.config
         head = model.get_output_embeddings()
-        if head is None or "logits_to_keep" not in inspect.signature(model.forward).parameters:
-            raise refusal(model, "it does not compute logits for chosen rows only")
+        if head is None:
+            raise refusal(model, "it has no output embedding")
         self.lm_head_weight: Tensor = head.weight.detach()  # [vocab, hidden]
         self.hidden_size: int = self.lm_head_weight.shape[1]
         head.register_forward_pre_hook(self._keep_hidden)
@@ -61,6 +62,8 @@ class Backbone:
         with _quiet():
             self.kv_shapes = read_layers(model)
             reference = reference_logits(model)
+            if self._take_hidden() is None:
+                raise refusal(model, "it does not call its output embedding")
             self.vocab_size: int = reference.shape[-1]
             self._attention = PagedTreeAttention()
             set_attention(model, self._attention.name)
@@ -87,12 +90,16 @@ class Backbone:
             out = self._model(
                 input_ids=tokens[None], position_ids=batch.positions[None], use_cache=False, logits_to_keep=logit_rows
             )
-        hidden, self._hidden = self._hidden, None
+        hidden = self._take_hidden()
         assert hidden is not None
         return out.logits[0].float(), hidden[0]
 
     def _keep_hidden(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._hidden = args[0]  # [1, n, hidden]
+
+    def _take_hidden(self) -> Tensor | None:
+        hidden, self._hidden = self._hidden, None
+        return hidden
 
 
 def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
@@ -118,8 +125,7 @@ def _check_config(config: PreTrainedConfig, device: torch.device) -> None:
         raise BackboneError(f"{config.model_type} is an encoder-decoder model; choose a decoder-only one.")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise BackboneError(f"{config.model_type} is not a causal language model; choose one that generates text.")
-    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._can_set_attn_implementation():
-        raise refusal(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], OWN_ATTENTION)
+    check_architecture(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         try:

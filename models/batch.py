@@ -117,8 +117,12 @@ def _build_group(segments: Sequence[Segment], starts: Sequence[int], positions: 
         keys[i, :num_context] = segment.context
         keys[i, own] = slots[start:end]
         key_positions[i, own] = positions[start:end]
-        visible[i, :, :num_context] = True
-        visible[i, :, own] = _own_rows(height, segment.num_chain, segment.parents)
+        visible[i, : segment.num_rows, :num_context] = True
+        visible[i, : segment.num_rows, own].fill_(True).tril_()
+        if segment.parents:
+            nodes = slice(num_context + segment.num_chain, num_context + segment.num_rows)
+            visible[i, segment.num_chain : segment.num_rows, nodes] = _ancestors(segment.parents).to(device)
+        visible[i, segment.num_rows :] = visible[i, 0]
     lengths = torch.tensor([segment.num_rows for segment in segments])[:, None]
     offsets = torch.arange(height).expand(size, height)
     is_row = offsets < lengths
@@ -137,14 +141,12 @@ def _build_group(segments: Sequence[Segment], starts: Sequence[int], positions: 
     )
 
 
-@lru_cache(maxsize=1024)
-def _own_rows(height: int, num_chain: int, parents: tuple[int, ...]) -> Tensor:
-    """Which rows of its own segment a row sees: [height, num_chain + nodes] bool; padding repeats the first row."""
-    num_rows = num_chain + len(parents)
-    sees = torch.ones(num_rows, num_rows, dtype=torch.bool).tril_()
-    sees[num_chain:, num_chain:] = torch.eye(len(parents), dtype=torch.bool)
+@lru_cache(maxsize=4096)
+def _ancestors(parents: tuple[int, ...]) -> Tensor:
+    """Which nodes a node sees, itself and its ancestors: [nodes, nodes] bool. A tree comes back in many steps."""
+    sees = torch.eye(len(parents), dtype=torch.bool)
     for node, parent in enumerate(parents):
+        assert -1 <= parent < node
         if parent >= 0:
-            assert parent < node
-            sees[num_chain + node] |= sees[num_chain + parent]
-    return torch.cat([sees, sees[:1].expand(height - num_rows, num_rows)])
+            sees[node] |= sees[parent]
+    return sees

@@ -86,5 +86,5 @@ def run_python(doing: str, *arguments: str) -> None:
         done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        reason = re.sub(r"^[\w.]+(Error|Exception): ", "", last)
+        reason = re.sub(r"^[\w.]+(Error|Exception): ", "", last.strip())
         raise ModelSourceError(f"{doing} failed: {reason}")

@@ -116,8 +116,8 @@ def check_heads(tensors: HeadTensors, *, hidden_size: int, vocab_size: int) -> N
 def _check_vocabulary(tensors: HeadTensors, hidden_size: int, vocab_size: int) -> None:
     where, mapped = tensors.source, tensors.token_map
     if mapped is not None:
-        ids = mapped.long()
-        if ids.dim() != 1 or len(set(ids.tolist())) != len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        ids = mapped.flatten().tolist()
+        if not ids or len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= vocab_size:
             raise CheckpointError(
                 f"The token_map in {where} does not fit this model's vocabulary of {vocab_size}; "
                 "give heads that were trained for this model."

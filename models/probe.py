@@ -9,6 +9,7 @@ Every refusal is a `BackboneError`.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,15 +27,10 @@ if TYPE_CHECKING:
     from models.backbone import Backbone
 
 NUM_TOKENS = 8
-MAX_ERROR = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-3,
-    torch.float16: 0.05,
-    torch.bfloat16: 0.2,
-}
+MAX_CONTEXT = 1 << 17  # positions whose visibility is looked at
+MAX_ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.15}
 UNDERSTOOD = {"scaling", "sliding_window", "softcap", "s_aux"}
 WITHOUT_EFFECT = {"position_ids", "use_cache", "output_router_logits", "output_attentions", "output_hidden_states"}
-OWN_ATTENTION = "its attention is its own code and cannot be replaced"
 _serials = itertools.count()
 
 
@@ -43,18 +39,26 @@ class BackboneError(ValueError):
 
 
 def refusal(model: PreTrainedModel | type[PreTrainedModel], reason: str) -> BackboneError:
-    name = model.__name__ if isinstance(model, type) else type(model).__name__
+    name = (model if isinstance(model, type) else type(model)).__name__
     return BackboneError(
         f"{name} cannot be served: {reason}. Choose a decoder whose layers all use ordinary causal "
         "attention through transformers' attention interface (Llama, Qwen, Mistral, Gemma 2, Phi-3, GPT-2 and so on)."
     )
 
 
+def check_architecture(architecture: type[PreTrainedModel]) -> None:
+    """Refuse what its code tells without weights."""
+    if "logits_to_keep" not in inspect.signature(architecture.forward).parameters:
+        raise refusal(architecture, "it does not compute logits for chosen rows only")
+    if not architecture._can_set_attn_implementation():
+        raise refusal(architecture, "its attention is its own code and cannot be replaced")
+
+
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Make `model` use the registered attention function `name`; a model that cannot is refused, not warned about."""
+    """Make `model` use the registered attention function `name`; transformers only warns if it cannot."""
     model.set_attn_implementation(name)
     if model.config.get_text_config(decoder=True)._attn_implementation != name:
-        raise refusal(model, OWN_ATTENTION)
+        raise refusal(model, f"it keeps its own attention when told to use {name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +109,17 @@ def read_layers(model: PreTrainedModel) -> list[Shape]:
     AttentionMaskInterface.register(name, _mask_with_rule)
     set_attention(model, name)
     _forward(model, 1, 3)
+    calls, notes.calls = notes.calls, []
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    if sorted(call.layer for call in notes.calls if call.layer is not None) != list(range(num_layers)):
-        calls = len(notes.calls)
-        raise refusal(model, f"its {num_layers} layers call the attention function {calls} times, and each must once")
-    if len({call.key.data_ptr() for call in notes.calls}) < num_layers:
+    if sorted(call.layer for call in calls if call.layer is not None) != list(range(num_layers)):
+        times = len(calls)
+        raise refusal(model, f"its {num_layers} layers call the attention function {times} times, and each must once")
+    if len({call.key.data_ptr() for call in calls}) < num_layers:
         raise refusal(model, "some of its layers share keys and values")
-    for call in notes.calls:
+    for call in calls:
         _check_call(model, call)
-    calls_in_order = sorted(notes.calls, key=lambda call: call.layer or 0)
-    return [(call.key.shape[1], call.key.shape[3], call.value.shape[3]) for call in calls_in_order]
+    shapes = {call.layer: (call.key.shape[1], call.key.shape[3], call.value.shape[3]) for call in calls}
+    return [shapes[layer] for layer in range(num_layers)]
 
 
 def _forward(model: PreTrainedModel, num_sequences: int, num_tokens: int) -> Tensor:
@@ -147,7 +152,7 @@ def _is_window(mask: Tensor | None, window: int | None, model: PreTrainedModel) 
     rule: Callable[..., Tensor] | None = getattr(mask, "rule", None)
     if rule is None:
         return False
-    keys = torch.arange(position_limit(model) or 8192, device=model.device)
+    keys = torch.arange(min(position_limit(model) or MAX_CONTEXT, MAX_CONTEXT), device=model.device)
     queries = keys[[len(keys) // 2, -1]][:, None]
     visible = rule(keys[:1], keys[:1], queries, keys).expand(2, -1)
     return torch.equal(visible, (keys <= queries) & (keys > queries - (window or len(keys))))
@@ -164,7 +169,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if parameters.get("rope_type") in ("dynamic", "longrope"):
-            limit = min(limit or 1 << 62, parameters.get("original_max_position_embeddings") or limit or 1 << 62)
+            limit = parameters.get("original_max_position_embeddings", limit)
     return limit
 
 
@@ -185,7 +190,7 @@ def reference_logits(model: PreTrainedModel) -> Tensor:
 def check_logits(backbone: Backbone, model: PreTrainedModel, reference: Tensor) -> None:
     """Raise `BackboneError` unless two packed sequences in two steps, one with a tree, agree with `reference`."""
     first, second = _sequences(model)
-    slots = torch.randperm(31, device=model.device) + 1
+    slots = torch.arange(31, 0, -1, device=model.device)
     pool = KVPool(backbone.kv_shapes, 31, dtype=model.dtype, device=model.device)
 
     def step(segments: list[Segment], tokens: list[Tensor], positions: list[int], its_slots: Tensor) -> Tensor:

@@ -70,4 +70,5 @@ class ResBlockHeads(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, hidden], as it enters the model's output embedding -> [batch, heads, draft_vocab] logits."""
-        return (self.states(hidden) @ self.lm_head.mT).transpose(0, 1)
+        logits = self.states(hidden).to(self.lm_head.dtype) @ self.lm_head.mT
+        return logits.to(hidden.dtype).transpose(0, 1)

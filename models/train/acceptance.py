@@ -53,8 +53,9 @@ def rank_text(heads: ResBlockHeads, hidden: Tensor, tokens: NDArray[np.int64], c
     texts = []
     for begin, end in _runs(counts):
         first = max(begin - 1, 0)
+        ranks = min(NUM_RANKS, len(heads.token_ids))
         wanted, known = _shifted(tokens[:end], first, heads.num_heads)
-        guesses = [heads(part).topk(NUM_RANKS, dim=-1).indices for part in torch.split(hidden[first : end - 1], 512)]
+        guesses = [heads(part).topk(ranks, dim=-1).indices for part in torch.split(hidden[first : end - 1], 512)]
         guessed = heads.token_ids[torch.cat(guesses)].cpu().numpy()  # [positions, heads, ranks]
         hits = (guessed == wanted[:, :, None]) & known[:, :, None]
         texts.append(Text(np.where(hits.any(-1), hits.argmax(-1), MISSING), known))

@@ -26,7 +26,7 @@ the hidden state that it sees. Serve them with `medusa-serve serve {name} --head
     {command}
 
 The trunk is frozen; {positions} training positions, soft labels (the base model's own distribution at each depth), best
-of {epochs} epochs (epoch {best_epoch}), {minutes} minutes of training on {device}. The facts are in `config.json`.
+of {epochs} epochs (epoch {best_epoch}), on {device}. The facts are in `config.json`.
 
 ## What was measured
 

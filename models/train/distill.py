@@ -13,7 +13,7 @@ Invariants:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,10 @@ class History:
     scores: list[float] = field(default_factory=list)  # held-out score, greater is better
 
 
-def draft_vocabulary(cache: TrunkCache, positions: NDArray[np.bool_], vocab_size: int, size: int, end: int) -> Tensor:
-    """The `size` tokens (0: all) that the model itself expects most at these positions, and `end`; ids ascending.
+def draft_vocabulary(
+    cache: TrunkCache, positions: NDArray[np.bool_], vocab_size: int, size: int, ends: Sequence[int]
+) -> Tensor:
+    """The `size` tokens (0: all) that the model expects most at these positions, end tokens included; ids ascending.
 
     Expected counts, sums of the model's probabilities, rank rare tokens better than counts of the text do.
     """
@@ -67,7 +69,7 @@ def draft_vocabulary(cache: TrunkCache, positions: NDArray[np.bool_], vocab_size
         return torch.arange(vocab_size)
     probs = cache.teacher_probs[positions].astype(np.float64)
     expected = np.bincount(cache.teacher_ids[positions].ravel(), weights=probs.ravel(), minlength=vocab_size)
-    expected[end] = np.inf
+    expected[list(ends)] = np.inf
     return torch.from_numpy(np.sort(np.argsort(-expected, kind="stable")[:size]))
 
 

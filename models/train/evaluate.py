@@ -6,18 +6,21 @@ Invariants: the held-out rows are those that training kept aside (models/train/d
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from models.checkpoint import CheckpointError, load_heads
 from models.drafters.resblock import DEFAULT_ACCURACIES, Accuracies, ResBlockHeads
+from models.source import ModelSourceError, resolve
 from models.train.acceptance import Tau, Text, measure_accuracies, rank_text, tau_by_nodes
 from models.train.data import DataError, Example, load_examples
 from models.train.trunk import forward_with_hidden, load_trunk
@@ -38,13 +41,11 @@ def held_out(examples: Sequence[Example]) -> list[int]:
 
 def main(argv: list[str]) -> int:
     """Entry of `medusa-serve evaluate heads`; the exit code: 0, or 2 after one sentence on what is wrong."""
-    from models.source import ModelSourceError, resolve
-
     options = _parser().parse_args(argv)
     try:
         _evaluate(options, resolve(options.model), Console())
     except (CheckpointError, DataError, ModelSourceError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
 
@@ -66,28 +67,28 @@ def _evaluate(options: argparse.Namespace, path: Path, console: Console) -> None
     heads = load_heads(options.heads, model.get_output_embeddings())
     examples = load_examples(options.data, tokenizer, validation_fraction=options.validation_fraction)
     texts: list[Text] = []
-    agreements: list[float] = []
+    own: list[NDArray[np.bool_]] = []
     for i in track(held_out(examples), "Reading held-out text", console=console, transient=True):
-        found, agreement = rank_example(model, heads, examples[i])
+        found, agreed = rank_example(model, heads, examples[i])
         texts += found
-        agreements.append(agreement)
+        own.append(agreed)
     positions = sum(len(text.ranks) for text in texts)
     console.print(
-        f"{len(texts)} held-out answers, {positions} positions; on average {np.mean(agreements):.1%} of an answer's "
-        "tokens are what the model in float32 would say greedily."
+        f"{len(texts)} held-out answers, {positions} positions; {np.concatenate(own).mean():.1%} of their tokens "
+        "are what the model in float32 says greedily."
     )
     console.print(_accuracy_table(measure_accuracies(texts)))
     console.print(_tau_table(tau_by_nodes(texts, heads.accuracies or DEFAULT_ACCURACIES[: heads.num_heads])))
 
 
 @torch.inference_mode()
-def rank_example(model: Any, heads: ResBlockHeads, example: Example) -> tuple[list[Text], float]:
-    """Ranks of one example, and the share of its answer's tokens that are the model's own greedy choice."""
+def rank_example(model: Any, heads: ResBlockHeads, example: Example) -> tuple[list[Text], NDArray[np.bool_]]:
+    """Ranks of one example, and of each counted token whether it is the model's own greedy choice."""
     tokens, counts = np.array(example.tokens), np.array(example.counts)
     hidden, logits = forward_with_hidden(model, torch.from_numpy(tokens)[None].to(model.device))
     greedy = logits[0].argmax(-1).cpu().numpy()
-    agreement = (greedy[:-1] == tokens[1:])[counts[1:]].mean()
-    return rank_text(heads, hidden[0], tokens, counts), float(agreement)
+    agreed = (greedy[:-1] == tokens[1:])[counts[1:]]
+    return rank_text(heads, hidden[0], tokens, counts), agreed
 
 
 def _accuracy_table(accuracies: Accuracies) -> Table:

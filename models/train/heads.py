@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -24,30 +25,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from models.checkpoint import save_heads
 from models.drafters.resblock import ResBlockHeads
+from models.source import ModelSourceError, resolve
 from models.train.acceptance import Text, measure_accuracies, rank_text, tau_by_nodes
 from models.train.card import model_card
 from models.train.data import DataError, load_examples
 from models.train.distill import Distiller, Recipe, ResumeError, draft_vocabulary, teachable
 from models.train.evaluate import VALIDATION_FRACTION, held_out
-from models.train.trunk import TrunkCache, build_cache, load_trunk
+from models.train.trunk import TrunkCache, build_cache, end_tokens, load_trunk
 from models.tree import best_static_choices, expected_tau
 
 _SCORED_NODES = 8
+_SETTINGS = (
+    *("num_heads", "num_layers", "draft_vocab", "epochs", "batch_size", "lr", "seed"),
+    *("validation_fraction", "all_positions", "dtype"),
+)
 _SECONDS_BETWEEN_SAVES = 120.0
 
 
 def main(argv: list[str]) -> int:
     """Entry of `medusa-serve train heads`; the exit code: 0, 2 after one sentence on what is wrong, 130 if stopped."""
-    from models.source import ModelSourceError, resolve
-
     options = _parser().parse_args(argv)
     try:
         train(options, resolve(options.model), Console())
     except (DataError, ResumeError, ModelSourceError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped; continue with --resume.")
+        sys.stderr.write("Stopped; continue with --resume.\n")
         return 130
     return 0
 
@@ -62,11 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for the heads")
     parser.add_argument("--work", type=Path, help="folder for the trunk's cached states (default: OUTPUT/work)")
     parser.add_argument("--name", help="what to call the base model in the card (default: MODEL)")
-    parser.add_argument("--num-heads", type=int, default=4)
-    parser.add_argument("--num-layers", type=int, default=1, help="residual blocks per head")
+    parser.add_argument("--num-heads", type=_positive, default=4)
+    parser.add_argument("--num-layers", type=_positive, default=1, help="residual blocks per head")
     parser.add_argument("--draft-vocab", type=int, default=8192, help="tokens that heads can guess; 0 is all")
-    parser.add_argument("--epochs", type=int, default=recipe.epochs)
-    parser.add_argument("--batch-size", type=int, default=recipe.batch_size, help="positions per step")
+    parser.add_argument("--epochs", type=_positive, default=recipe.epochs)
+    parser.add_argument("--batch-size", type=_positive, default=recipe.batch_size, help="positions per step")
     parser.add_argument("--lr", type=float, default=recipe.lr)
     parser.add_argument("--seed", type=int, default=recipe.seed)
     parser.add_argument("--validation-fraction", type=float, default=VALIDATION_FRACTION)
@@ -77,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
 def train(options: argparse.Namespace, path: Path, console: Console) -> None:
     """Everything from text to folder; `options` as parsed above."""
     model, tokenizer = load_trunk(path, getattr(torch, options.dtype), options.device)
@@ -85,7 +96,7 @@ def train(options: argparse.Namespace, path: Path, console: Console) -> None:
     work = options.work or options.output / "work"
     with _progress(console) as progress:
         cache = build_cache(model, examples, work / "trunk", progress=_bar(progress, "Running the trunk"))
-    training = np.array([not examples[i].held_out for i in range(len(examples))])
+    training = np.array([not example.held_out for example in examples])
     heads = _new_heads(model, tokenizer, cache, training, options)
     vocab_size = len(model.get_output_embeddings().weight)
     del model
@@ -93,10 +104,8 @@ def train(options: argparse.Namespace, path: Path, console: Console) -> None:
     recipe = Recipe(epochs=options.epochs, batch_size=options.batch_size, lr=options.lr, seed=options.seed)
     learned = replace(cache, counts=np.ones_like(cache.counts)) if options.all_positions else cache
     distiller = Distiller(heads, learned, training, recipe)
-    started = time.monotonic()
     _run(distiller, work / "state.pt", lambda: _score(_rank(heads, cache, judged)), options.resume, console)
-    minutes = (time.monotonic() - started) / 60
-    _write(options, distiller, _rank(heads, cache, judged), vocab_size, minutes)
+    _write(options, distiller, _rank(heads, cache, judged), vocab_size)
     console.print(f"Heads written to {options.output}")
 
 
@@ -106,7 +115,7 @@ def _new_heads(
     """Zero heads in float32 over the frozen LM head's rows of the draft vocabulary, those in the trunk's dtype."""
     lm_head = model.get_output_embeddings().weight.detach()
     positions = teachable(cache) & np.repeat(training, np.diff(cache.starts))
-    token_ids = draft_vocabulary(cache, positions, len(lm_head), options.draft_vocab, tokenizer.eos_token_id)
+    token_ids = draft_vocabulary(cache, positions, len(lm_head), options.draft_vocab, end_tokens(model, tokenizer))
     rows = lm_head[token_ids.to(lm_head.device)]
     heads = ResBlockHeads(rows, num_heads=options.num_heads, num_layers=options.num_layers, token_ids=token_ids)
     for parameter in heads.parameters():
@@ -165,9 +174,7 @@ def _stop_requests() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _write(
-    options: argparse.Namespace, distiller: Distiller, texts: Sequence[Text], vocab_size: int, minutes: float
-) -> None:
+def _write(options: argparse.Namespace, distiller: Distiller, texts: Sequence[Text], vocab_size: int) -> None:
     heads = distiller.heads
     heads.accuracies = measure_accuracies(texts)
     facts = {
@@ -179,34 +186,22 @@ def _write(
         "best_epoch": 1 + int(np.argmax(distiller.history.scores)),
         "losses": [round(loss, 4) for loss in distiller.history.losses],
         "held_out_tau_8_nodes": [round(score, 4) for score in distiller.history.scores],
-        "minutes": round(minutes, 1),
     }
     name = options.name or options.model
     taus = tau_by_nodes(texts, heads.accuracies)
-    card = model_card(
-        name, _command(options), _machine(options.device), heads, texts, heads.accuracies, taus, facts
-    )
+    card = model_card(name, _command(options), _machine(options.device), heads, texts, heads.accuracies, taus, facts)
     save_heads(options.output, heads, base_model=name, vocab_size=vocab_size, card=card, facts=facts)
 
 
 def _command(options: argparse.Namespace) -> str:
-    """The call that repeats this run, without its folders."""
-    words = ["medusa-serve train heads", options.model, "--data", *(file.name for file in options.data), "--output FOLDER"]
+    """The call that repeats this run, folders aside."""
+    words = ["medusa-serve train heads", options.model, "--data", *(file.name for file in options.data), "--output DIR"]
     defaults = vars(_parser().parse_args(["x", "--data", "x", "--output", "x"]))
-    for key in (
-        "num_heads",
-        "num_layers",
-        "draft_vocab",
-        "epochs",
-        "batch_size",
-        "lr",
-        "seed",
-        "validation_fraction",
-        "dtype",
-    ):
-        if getattr(options, key) != defaults[key]:
-            words.append(f"--{key.replace('_', '-')} {getattr(options, key)}")
-    return " ".join([*words, *(["--all-positions"] if options.all_positions else [])])
+    for key in _SETTINGS:
+        value = getattr(options, key)
+        if value != defaults[key]:
+            words.append(f"--{key.replace('_', '-')}" if value is True else f"--{key.replace('_', '-')} {value}")
+    return " ".join(words)
 
 
 def _machine(device: str) -> str:

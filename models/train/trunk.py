@@ -47,6 +47,13 @@ def load_trunk(path: Path, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end a text, as the model's generation settings and its tokenizer say."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({id_ for id_ in (*ids, tokenizer.eos_token_id) if id_ is not None})
+
+
 @torch.inference_mode()
 def build_cache(
     model: Any, examples: Sequence[Example], folder: Path, *, progress: Callable[[int, int], None] = lambda *_: None
@@ -57,7 +64,7 @@ def build_cache(
     """
     folder = folder / _digest(model, examples)
     folder.mkdir(parents=True, exist_ok=True)
-    cache = _open(folder, examples, model.config.get_text_config().hidden_size)
+    cache = _open(folder, examples, *model.get_output_embeddings().weight.shape)
     done_file = folder / "batches_done"
     done = int(done_file.read_text()) if done_file.exists() else 0
     batches = _batches(examples)
@@ -125,9 +132,9 @@ def _digest(model: Any, examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _open(folder: Path, examples: Sequence[Example], hidden_size: int) -> TrunkCache:
+def _open(folder: Path, examples: Sequence[Example], vocab_size: int, hidden_size: int) -> TrunkCache:
     starts = np.cumsum([0, *(len(example.tokens) for example in examples)], dtype=np.int64)
-    total = int(starts[-1])
+    total, ranks = int(starts[-1]), min(TEACHER_RANKS, vocab_size)
 
     def array(name: str, dtype: type, width: int) -> NDArray[Any]:
         path = folder / f"{name}.npy"
@@ -141,6 +148,6 @@ def _open(folder: Path, examples: Sequence[Example], hidden_size: int) -> TrunkC
         counts=np.fromiter(itertools.chain.from_iterable(e.counts for e in examples), np.bool_, total),
         starts=starts,
         hidden=array("hidden", np.float16, hidden_size),
-        teacher_ids=array("teacher_ids", np.int32, TEACHER_RANKS),
-        teacher_probs=array("teacher_probs", np.float16, TEACHER_RANKS),
+        teacher_ids=array("teacher_ids", np.int32, ranks),
+        teacher_probs=array("teacher_probs", np.float16, ranks),
     )

@@ -95,14 +95,18 @@ class EngineClient:
         self._supervisor = asyncio.create_task(self._supervise(process))
 
     async def stop(self) -> None:
-        """End the process; what is still open ends with `abort`, or with EngineDeadError if it must be killed."""
+        """End the process; what is still open ends with `abort`, or with EngineDeadError if it must be killed.
+
+        A process that is still loading is killed at once.
+        """
+        grace = STOP_SECONDS if self.status == "ready" else 0.0
         self.status = "dead"
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
         if self._process is not None:
             self._process.send(Shutdown())
-            await self._process.join()
+            await self._process.join(grace)
         self._fail_requests("The engine is stopped.")
 
     async def generate(self, submit: Submit) -> AsyncGenerator[Delta]:
@@ -145,7 +149,7 @@ class EngineClient:
             await process.exited.wait()
             self.status = "restarting"
             self._fail_requests("The engine process died and is being restarted: try again in a moment.")
-            logger.error("The engine process died with exit code %s.", await process.join())
+            logger.error("The engine process died with exit code %s.", await process.join(STOP_SECONDS))
             deaths = 1 if time.monotonic() - ready_at > HEALTHY_SECONDS else deaths + 1
             if deaths == MAX_DEATHS:
                 break
@@ -203,9 +207,9 @@ class _EngineProcess:
         with contextlib.suppress(OSError):
             self._inbox.send(message)
 
-    async def join(self) -> int | None:
-        """Wait for the end of the process, kill it after STOP_SECONDS, and return its exit code."""
-        await asyncio.to_thread(self._process.join, STOP_SECONDS)
+    async def join(self, grace: float) -> int | None:
+        """Wait for the end of the process, kill it after `grace` seconds, and return its exit code."""
+        await asyncio.to_thread(self._process.join, grace)
         if self._process.is_alive():
             self._process.kill()
         await self.exited.wait()

@@ -78,7 +78,7 @@ class Tokenizer:
                 first = False
 
     def token_bytes(self, id: int) -> bytes:
-        """Bytes of one token as it stands within a text; a part of a character for some. Empty if there is no such id."""
+        """Bytes of one token within a text, at times a part of a character. Empty if there is no such id."""
         return self._bytes(id)
 
     def token_text(self, id: int) -> str:

@@ -263,7 +263,17 @@ def test_sequences_stay_where_rotary_embeddings_do_not_depend_on_the_batch(rope:
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 16}
+SHARED = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 97,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
 TRAPS = {
+    "shared keys and values": ("gemma3n_text", SHARED, "Gemma3nForCausalLM .* layers share keys and values"),
     "bloom": ("bloom", {"n_head": 4}, "BloomForCausalLM .* its attention is its own code"),
     "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "MptForCausalLM .* its attention is its own code"),
     "gptj": ("gptj", GPT2 | {"rotary_dim": 4}, "GPTJForCausalLM .* its attention is its own code"),

@@ -113,3 +113,12 @@ def test_more_nodes_never_walk_slower(heads: ResBlockHeads) -> None:
     assert [row.nodes for row in rows] == [1, 2, 4, 8, 16, 32, 63]
     assert all(a.independent <= b.independent for a, b in itertools.pairwise(rows))
     assert rows[-1].measured > rows[0].measured >= 1.0
+
+
+def test_a_draft_vocabulary_smaller_than_the_ranks() -> None:
+    torch.manual_seed(3)
+    small = ResBlockHeads(torch.randn(5, HIDDEN), num_heads=2, token_ids=torch.tensor([2, 3, 5, 7, 11]))
+    (text,) = rank_text(small, torch.randn(10, HIDDEN), np.array([2, 3, 4] * 3 + [2]), np.ones(10, dtype=bool))
+    assert set(np.unique(text.ranks)) <= {0, 1, 2, 3, 4, MISSING}
+    assert text.ranks[1, 0] < MISSING  # token 3 is in the draft vocabulary, all of which is ranked
+    assert text.ranks[0, 0] == MISSING  # token 4 is not

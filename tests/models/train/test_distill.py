@@ -77,10 +77,10 @@ def test_draft_vocabulary_is_the_most_expected_and_the_end(cache: TrunkCache) ->
     expected = np.zeros(VOCAB)
     np.add.at(expected, cache.teacher_ids, cache.teacher_probs.astype(np.float64))
     end = int(expected.argmin())
-    chosen = draft_vocabulary(cache, positions, VOCAB, 10, end).tolist()
+    chosen = draft_vocabulary(cache, positions, VOCAB, 10, [end]).tolist()
     assert set(chosen) == {end, *np.argsort(-expected)[:9].tolist()}
     assert chosen == sorted(chosen)
-    assert draft_vocabulary(cache, positions, VOCAB, 0, end).tolist() == list(range(VOCAB))
+    assert draft_vocabulary(cache, positions, VOCAB, 0, [end]).tolist() == list(range(VOCAB))
 
 
 def test_loss_of_a_first_batch_equals_a_loop_over_positions(

@@ -1,6 +1,7 @@
 """The cache against plain transformers forwards, built in one go or in two."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from models.train import trunk
 from models.train.data import Example
-from models.train.trunk import build_cache, load_trunk
+from models.train.trunk import build_cache, end_tokens, load_trunk
 
 
 @pytest.fixture
@@ -64,3 +65,11 @@ def test_other_text_has_another_cache(model: Any, examples: list[Example], tmp_p
     build_cache(model, examples[1:], tmp_path)
     build_cache(model, examples, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("configured", "of_tokenizer", "expected"), [(2, 1, [1, 2]), ([5, 2], 2, [2, 5]), (None, 3, [3]), (None, None, [])]
+)
+def test_end_tokens_of_model_and_tokenizer(configured: object, of_tokenizer: int | None, expected: list[int]) -> None:
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=configured))
+    assert end_tokens(model, SimpleNamespace(eos_token_id=of_tokenizer)) == expected

@@ -153,7 +153,15 @@ async def test_an_aborted_request_is_heard_to_its_end(tmp_path: Path) -> None:
         assert [delta.finish async for delta in request] == ["abort"]
 
 
-async def test_a_finished_request_is_not_aborted(tmp_path: Path) -> None:
+async def test_an_aborted_request_goes_on_to_its_terminal_delta(tmp_path: Path) -> None:
+    async with running(EngineClient(EngineConfig(str(tmp_path / "log")), target=slow)) as engine:
+        request = engine.generate(submit("open", 1))
+        assert (await anext(request)).finish is None
+        engine.abort("open")
+        assert [delta.finish async for delta in request] == ["abort"]
+
+
+async def test_a_finished_request_is_not_aborted() -> None:
     sent: list[object] = []
     async with running(EngineClient(EngineConfig(""), target=echo)) as engine:
         assert engine._process is not None
@@ -194,8 +202,7 @@ async def test_stop_kills_a_process_that_does_not_listen(monkeypatch: pytest.Mon
     assert engine._process._process.exitcode == -signal.SIGKILL
 
 
-async def test_a_cancelled_start_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "STOP_SECONDS", 0.1)
+async def test_a_cancelled_start_leaves_no_process() -> None:
     engine = EngineClient(EngineConfig(""), target=deaf)
     start = asyncio.create_task(engine.start())
     await asyncio.sleep(0)

@@ -70,7 +70,6 @@ def smollm() -> Tokenizer:
 def test_the_default_models_tokens_stream_as_they_decode(
     smollm: Tokenizer, ids: list[int], text: str, stops: list[str], cuts: list[int]
 ) -> None:
-    assert smollm.decode(smollm.encode(text)) == text
     ids = ids + smollm.encode(text)
     assert smollm.decode(ids) == smollm._backend.decode(ids)
     check_streaming(smollm, ids, stops, cuts)
