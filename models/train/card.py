@@ -30,7 +30,8 @@ of {epochs} epochs (epoch {best_epoch}), on {device}. The facts are in `config.j
 
 ## What was measured
 
-On {answers} held-out answers ({held_out} positions), teacher-forced on their text, trunk in {trunk_dtype}.
+On {answers} held-out answers ({held_out} positions), teacher-forced on their text, trunk in {trunk_dtype}. Of their
+tokens {held_out_own_share:.1%} are what this trunk itself says greedily; the rest no head is trained to guess.
 Right token among the first k guesses:
 
 {accuracies}

@@ -105,7 +105,8 @@ def train(options: argparse.Namespace, path: Path, console: Console) -> None:
     learned = replace(cache, counts=np.ones_like(cache.counts)) if options.all_positions else cache
     distiller = Distiller(heads, learned, training, recipe)
     _run(distiller, work / "state.pt", lambda: _score(_rank(heads, cache, judged)), options.resume, console)
-    _write(options, distiller, _rank(heads, cache, judged), vocab_size)
+    texts = _rank(heads, cache, judged)
+    _write(options, distiller, texts, vocab_size, own=_own_share(cache, judged))
     console.print(f"Heads written to {options.output}")
 
 
@@ -131,6 +132,16 @@ def _rank(heads: ResBlockHeads, cache: TrunkCache, judged: Sequence[int]) -> lis
         hidden = torch.from_numpy(cache.hidden[here]).to(heads.weight)
         texts += rank_text(heads, hidden, cache.tokens[here], cache.counts[here])
     return texts
+
+
+def _own_share(cache: TrunkCache, judged: Sequence[int]) -> float:
+    """How many of the held-out answers' tokens are the model's own greedy choice; the rest caps what heads can do."""
+    agreed = []
+    for example in judged:
+        here = slice(int(cache.starts[example]), int(cache.starts[example + 1]))
+        own = cache.teacher_ids[here][:-1, 0] == cache.tokens[here][1:]
+        agreed.append(own[cache.counts[here][1:]])
+    return float(np.concatenate(agreed).mean())
 
 
 def _score(texts: Sequence[Text]) -> float:
@@ -174,7 +185,9 @@ def _stop_requests() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _write(options: argparse.Namespace, distiller: Distiller, texts: Sequence[Text], vocab_size: int) -> None:
+def _write(
+    options: argparse.Namespace, distiller: Distiller, texts: Sequence[Text], vocab_size: int, own: float
+) -> None:
     heads = distiller.heads
     heads.accuracies = measure_accuracies(texts)
     facts = {
@@ -184,6 +197,7 @@ def _write(options: argparse.Namespace, distiller: Distiller, texts: Sequence[Te
         "trunk_dtype": options.dtype,
         "validation_fraction": options.validation_fraction,
         "best_epoch": 1 + int(np.argmax(distiller.history.scores)),
+        "held_out_own_share": round(own, 4),
         "losses": [round(loss, 4) for loss in distiller.history.losses],
         "held_out_tau_8_nodes": [round(score, 4) for score in distiller.history.scores],
     }
