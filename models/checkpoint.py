@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from models.drafters.resblock import Accuracies, ResBlockHeads
@@ -244,9 +244,8 @@ def save_heads(
     if heads.lm_head.dim() != 2:
         raise ValueError("Heads with LM heads of their own cannot be saved in this format; keep their original files.")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        _named(heads, vocab_size, lambda tensor: tensor.detach().to("cpu", dtype).contiguous()), folder / WEIGHTS_NAME
-    )
+    named = _named(heads, vocab_size, lambda tensor: tensor.detach().to("cpu", dtype).contiguous())
+    (folder / WEIGHTS_NAME).write_bytes(save(named))
     config = {
         "model_type": "medusa",
         "medusa_num_heads": heads.num_heads,

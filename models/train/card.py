@@ -19,7 +19,7 @@ tags: [medusa, speculative-decoding]
 
 {num_heads} heads with {num_layers} residual block(s) each, {parameters:.1f} M parameters, on the frozen LM head of
 the base model, cut to its {draft_vocab} most expected tokens (`token_map`). Head k guesses the token k + 1 places after
-the hidden state that it sees. Serve them with `medusa-serve serve {name} --heads FOLDER`.
+the hidden state that it sees. Serve them with `medusa-serve serve MODEL --heads DIR`.
 
 ## How they were made
 
@@ -31,14 +31,14 @@ of {epochs} epochs (epoch {best_epoch}), on {device}. The facts are in `config.j
 ## What was measured
 
 On {answers} held-out answers ({held_out} positions), teacher-forced on their text, trunk in {trunk_dtype}. Of their
-tokens {held_out_own_share:.1%} are what this trunk itself says greedily; the rest no head is trained to guess.
+tokens {held_out_own_share:.1%} are what this trunk itself says greedily, which bounds what heads can reach here.
 Right token among the first k guesses:
 
 {accuracies}
 
 Tokens per step (1 + accepted guesses), walking the text step by step with the best static tree of each size, ± one
-standard error; and what the accuracies promise if depths were independent. The trees are built from these same
-accuracies.
+standard error; and what the accuracies promise if depths were independent. The trees are built, and the
+epoch was chosen, on this same text.
 
 {taus}
 """

@@ -88,7 +88,7 @@ class Runner:
         assert self.heads is not None
         hidden = torch.stack([self._hidden[request.id] for request in requests])
         rows = [DraftRow(request.submit.sampling, len(request.tokens)) for request in requests]
-        accuracies = self.heads.accuracies or DEFAULT_ACCURACIES
+        accuracies = (self.heads.accuracies or DEFAULT_ACCURACIES)[: self.heads.num_heads]
         num_ranks = min(max(map(len, accuracies)), len(self.heads.token_ids))
         candidates = propose(self.heads, hidden, rows, num_ranks)
         trees: list[TreeShape] = []
