@@ -70,7 +70,7 @@ class Backbone:
             check_logits(self, model, reference)
         self.num_layers = len(self.kv_shapes)
         self.max_position_embeddings = position_limit(model)
-        self.eos_token_ids = _eos_token_ids(model)
+        self.eos_token_ids = tuple(id for id in _eos_token_ids(model) if 0 <= id < self.vocab_size)
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: torch.dtype, device: torch.device) -> Backbone:

@@ -229,16 +229,23 @@ def gumbel(rows: Sequence[Row], tokens: Tensor) -> Tensor:
     """Gumbel noise of each row at `tokens`: [vocab] shared by all rows, or [rows, candidates]. Returns [rows, ...]."""
     keys = [noise_key(row.params.seed, row.params.choice, row.position) for row in rows]
     if tokens.dim() > 1:
-        return gumbel_from_keys(keys, tokens)
+        key = torch.tensor(keys, device=tokens.device).unsqueeze(-1)  # [rows, 1]
+        return _gumbel(_mix(key + tokens * _signed(_GOLDEN)))
     unique = list(dict.fromkeys(keys))  # siblings share their position's noise
     index = torch.tensor([unique.index(key) for key in keys], device=tokens.device)
     return gumbel_from_keys(unique, tokens)[index]
 
 
 def gumbel_from_keys(keys: Sequence[int], tokens: Tensor) -> Tensor:
-    """float32 noise, a hash of (key, token id) and nothing else: the same on every device and in every batch shape."""
-    key = torch.tensor(keys, dtype=torch.long, device=tokens.device).unsqueeze(-1)  # [rows, 1]
-    bits = _mix(key + tokens * _signed(_GOLDEN))
+    """float32 noise, a hash of (key, token id) and nothing else: the same on every device and in every batch shape.
+
+    tokens: [tokens]. Returns [keys, tokens]; one key at a time, so that the 64-bit hashes stay in the cache.
+    """
+    steps = tokens * _signed(_GOLDEN)
+    return torch.stack([_gumbel(_mix(steps + key)) for key in keys])
+
+
+def _gumbel(bits: Tensor) -> Tensor:
     uniform = ((bits >> 11) & (2**53 - 1)).to(torch.float32) * 2.0**-53 + 2.0**-54  # (0, 1], fine near 0
     exponential = -torch.log1p(-uniform.clamp_max(1.0 - 2.0**-24))
     return -exponential.log()

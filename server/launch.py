@@ -1,7 +1,7 @@
 """`medusa-serve serve`: from settings to a listening server, and down again.
 
 Invariants:
-- the port is taken and model and heads are checked before the engine process starts, which is what imports torch;
+- the port is bound and model and heads are checked before the engine process starts, which is what imports torch;
 - SIGINT and SIGTERM end it with exit code 0, at any time, and the engine process with it;
 - model, heads, engine and address are told on stderr as they become known.
 """
@@ -76,7 +76,10 @@ async def _serve(settings: Settings, folder: Path, heads: Path | None, listener:
         app = await _start(engine, metrics, settings.model_name, folder)
         server = _Server(app, settings.log_level, listener)
         _on_signals(lambda number: server.handle_exit(number, None))
-        await server.serve(sockets=[listener])
+        try:
+            await server.serve(sockets=[listener])
+        except OSError as error:  # somebody else bound the port in the same moment and was faster to listen
+            raise _taken(settings.host, settings.port, error) from error
     finally:
         await engine.stop()
 
@@ -133,10 +136,14 @@ def _bound(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise StartupError(
-            f"Cannot listen on {host}:{port} ({error.strerror}): stop what does, or pass another --host or --port."
-        ) from error
+        raise _taken(host, port, error) from error
     return listener
+
+
+def _taken(host: str, port: int, error: OSError) -> StartupError:
+    return StartupError(
+        f"Cannot listen on {host}:{port} ({error.strerror}): stop what does, or pass another --host or --port."
+    )
 
 
 def _on_signals(action: Callable[[int], object]) -> None:

@@ -20,11 +20,14 @@ class Controller:
         self.num_nodes = num_nodes
 
     def allot(self, requests: Sequence[Request], row_budget: int) -> list[int]:
-        """Nodes for each request, in order; together at most `row_budget`."""
-        if not requests:
-            return []
-        share, extra = divmod(max(row_budget, 0), len(requests))
-        return [min(self._wanted(request), share + (i < extra)) for i, request in enumerate(requests)]
+        """Nodes for each request, in order; together at most `row_budget`. Who wants little is served first."""
+        wanted = [self._wanted(request) for request in requests]
+        allotted, left = [0] * len(requests), max(row_budget, 0)
+        by_wish = sorted(range(len(requests)), key=lambda i: wanted[i])
+        for served, i in enumerate(by_wish):
+            allotted[i] = min(wanted[i], left // (len(requests) - served))
+            left -= allotted[i]
+        return allotted
 
     def _wanted(self, request: Request) -> int:
         speculation = request.submit.speculation

@@ -59,6 +59,7 @@ class Engine:
             use_prefix_cache=config.prefix_cache,
         )
         self._controller = Controller(config.num_nodes)
+        self._max_rows = config.max_num_batched_rows
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._num_arrived = 0
@@ -92,7 +93,7 @@ class Engine:
     def step(self) -> StepOutput:
         """One forward pass for whoever is due, and all that follows from it."""
         started = self._clock()
-        works, preempted = self.scheduler.schedule()
+        works, preempted = self.scheduler.schedule(self._rows_for_trees())
         for request in preempted:
             self._forget_progress(request)
         for work in works:
@@ -101,7 +102,7 @@ class Engine:
         self._grow_trees(works)
         outcomes = self.runner.run(works) if works else []
         deltas = [self._update(work, outcome) for work, outcome in zip(works, outcomes, strict=True)]
-        stats = self._stats(works, outcomes, self._clock() - started)
+        stats = self._stats(works, self._clock() - started)
         return StepOutput(tuple(delta for delta in deltas if delta is not None), stats)
 
     def _refusal(self, submit: Submit) -> str | None:
@@ -118,6 +119,11 @@ class Engine:
         if not all(0 <= token < info.vocab_size for token in submit.prompt):
             return f"A prompt token is outside the vocabulary of {info.vocab_size}: check the tokenizer in use."
         return None
+
+    def _rows_for_trees(self) -> int:
+        """Rows that prompts must not take from the trees of those who decode: at most half of a step."""
+        drafting = [request for request in self.scheduler.running if self.runner.can_draft(request)]
+        return sum(self._controller.allot(drafting, self._max_rows // 2))
 
     def _grow_trees(self, works: Sequence[Work]) -> None:
         """Draft for decoding requests and hang the trees below their roots."""
@@ -136,11 +142,12 @@ class Engine:
         prompt_logprobs = self._collect_prompt_logprobs(request, outcome)
         if not work.reaches_end:
             return None
-        if work.node_tokens:
-            request.speculation.add(len(work.node_tokens), len(outcome.path))
         if request.first_token_time is None:
             request.first_token_time = self._clock()
         tokens, finish = self._append(request, outcome.token_ids)
+        work.num_accepted = min(len(outcome.path), len(tokens))  # what lies beyond the end was of no use
+        if work.node_tokens:
+            request.speculation.add(len(work.node_tokens), work.num_accepted)
         delta = Delta(request.id, tokens, outcome.logprobs[: len(tokens)], prompt_logprobs)
         if finish is None:
             return delta
@@ -152,7 +159,7 @@ class Engine:
             return (), "length"
         for count, token in enumerate(token_ids, 1):
             request.tokens.append(token)
-            finish = request.finish_reason(token, self._eos, self.runner.info.max_model_len)
+            finish = request.finish_reason(token, self._eos)
             if finish is not None:
                 return tuple(token_ids[:count]), finish
         return tuple(token_ids), None
@@ -184,9 +191,9 @@ class Engine:
         used = 1 - scheduler.num_available / max(scheduler.slots.num_slots, 1)
         return StepStats(num_running=len(scheduler.running), num_waiting=len(scheduler.waiting), kv_cache_usage=used)
 
-    def _stats(self, works: Sequence[Work], outcomes: Sequence[Outcome], seconds: float) -> StepStats:
-        drafts = [(work, outcome) for work, outcome in zip(works, outcomes, strict=True) if work.node_tokens]
-        accepted = [len(outcome.path) for _, outcome in drafts]
+    def _stats(self, works: Sequence[Work], seconds: float) -> StepStats:
+        drafts = [work for work in works if work.node_tokens]
+        accepted = [work.num_accepted for work in drafts]
         return replace(
             self._gauges(),
             num_rows=sum(work.num_chain + len(work.node_tokens) for work in works),
@@ -194,7 +201,7 @@ class Engine:
             step_seconds=seconds,
             num_preemptions=self.scheduler.num_preemptions,
             num_drafts=len(drafts),
-            num_draft_tokens=sum(len(work.node_tokens) for work, _ in drafts),
+            num_draft_tokens=sum(len(work.node_tokens) for work in drafts),
             num_accepted_tokens=sum(accepted),
             accepted_per_depth=tuple(sum(n > d for n in accepted) for d in range(max(accepted, default=0))),
             prefix_cache_queries=self.scheduler.prefix_queries,

@@ -8,6 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from server.engine.messages import (
@@ -48,7 +49,7 @@ class Request:
     arrival: int  # running number, for first-come first-served
     submit_time: float
     tokens: list[int] = field(init=False)
-    slots: list[int] = field(default_factory=list)
+    slots: array[int] = field(default_factory=lambda: array("q"))  # 64-bit: the runner reads it as it lies
     num_shared: int = 0
     prefix_node: Node | None = None
     first_scheduled_time: float | None = None
@@ -90,18 +91,16 @@ class Request:
         return len(self.tokens) - len(self.slots)
 
     @property
-    def own_slots(self) -> list[int]:
+    def own_slots(self) -> array[int]:
         return self.slots[self.num_shared :]
 
-    def finish_reason(self, token: int, eos_token_ids: frozenset[int], max_model_len: int) -> FinishReason | None:
+    def finish_reason(self, token: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Does the request end with `token`, which has just been appended?"""
         sampling = self.submit.sampling
         is_eos = token in eos_token_ids and not sampling.ignore_eos
         if self.num_output >= sampling.min_tokens and (is_eos or token in sampling.stop_token_ids):
             return "stop"
-        if self.num_output >= sampling.max_tokens or len(self.tokens) >= max_model_len:
-            return "length"
-        return None
+        return "length" if self.num_output >= sampling.max_tokens else None
 
     def stats(self, now: float) -> RequestStats:
         started = now if self.first_scheduled_time is None else self.first_scheduled_time
@@ -128,6 +127,7 @@ class Work:
     node_tokens: tuple[int, ...] = ()
     node_parents: tuple[int, ...] = ()
     node_slots: list[int] = field(default_factory=list)
+    num_accepted: int = 0  # nodes accepted and emitted, known after the step
 
     @property
     def num_chain(self) -> int:

@@ -8,7 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
-import logging
+from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -30,8 +30,6 @@ from server.engine.core import TreeShape
 from server.engine.messages import EngineConfig, ModelInfo, TokenLogprobs
 from server.engine.request import Outcome, Request, Work
 from server.errors import StartupError
-
-logger = logging.getLogger(__name__)
 
 
 class Runner:
@@ -134,7 +132,7 @@ class Runner:
             tokens += [*work.chain_tokens, *work.node_tokens]
             positions += [*range(work.start, root + 1), *(root + depth for depth in tree.depths)]
             slots += [*work.chain_slots, *work.node_slots]
-            context = torch.tensor(work.request.slots, dtype=torch.long, device=self.device)
+            context = _tensor(work.request.slots).to(self.device)
             segments.append(Segment(work.num_chain + len(tree), context, work.num_chain, work.node_parents))
         batch = build_batch(segments, torch.tensor(positions), torch.tensor(slots), self.device)
         return self.backbone.forward(
@@ -210,9 +208,8 @@ class Runner:
         return _logprobs(logits[: len(ahead)], ahead, count)
 
     def _max_depth(self, request: Request) -> int:
-        """Nodes deeper than this could not be emitted, or would lie beyond the model's context."""
-        to_emit = request.submit.sampling.max_tokens - request.num_output
-        return min(to_emit, self.info.max_model_len - len(request.tokens)) - 1
+        """Nodes deeper than this could not be emitted, and might lie beyond the model's context."""
+        return request.submit.sampling.max_tokens - request.num_output - 1
 
 
 def _limits(config: EngineConfig, backbone: Backbone) -> tuple[int, int]:
@@ -243,13 +240,18 @@ def _scored_rows(work: Work, start: int) -> list[int]:
     return list(range(first, end + len(work.node_tokens)))
 
 
+def _tensor(slots: array[int]) -> Tensor:
+    """[slots] int64. A copy: an array whose buffer is lent cannot grow."""
+    return torch.frombuffer(slots, dtype=torch.int64).clone() if slots else torch.empty(0, dtype=torch.int64)
+
+
 def _logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> tuple[TokenLogprobs, ...]:
     """logits: [tokens, vocab], raw. The log-probability of each token, and of the `count` likeliest."""
     if not tokens:
         return ()
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1)).flatten().tolist()
-    values, ids = logprobs.topk(count, dim=-1)
+    values, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
     tops = [tuple(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
     return tuple(TokenLogprobs(t, c, top) for t, c, top in zip(tokens, chosen, tops, strict=True))
 

@@ -5,11 +5,13 @@ Invariants:
 - a step has at most `max_num_batched_rows` rows and `max_num_seqs` requests;
 - slots for a step are taken from the free list, then from the prefix cache, then from running requests that come
   later in order and are not yet part of the step: they are preempted and recomputed. Tree nodes never preempt;
-- the first request in order always gets on, so every request ends.
+- among requests of one priority, those that decode go before those that compute their prompts, and neither preempts
+  the other's step; whoever decodes ends, so every request gets its turn and ends.
 """
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
 from collections.abc import Sequence
 
@@ -34,6 +36,7 @@ class Scheduler:
         self._max_rows = max_num_batched_rows
         self._use_prefix_cache = use_prefix_cache
         self._preempted: list[Request] = []
+        self._reserved = 0
 
     @property
     def num_preemptions(self) -> int:
@@ -48,12 +51,16 @@ class Scheduler:
     def add(self, request: Request) -> None:
         insort(self.waiting, request, key=lambda r: r.order)
 
-    def schedule(self) -> tuple[list[Work], list[Request]]:
-        """The step's chains, and the requests that were preempted for them. Decode rows first, then prompt chunks."""
+    def schedule(self, reserve: int = 0) -> tuple[list[Work], list[Request]]:
+        """The step's chains, and the requests that were preempted for them.
+
+        In order of priority; of equals decode rows first, then chunks of prompts, which leave `reserve` rows to trees.
+        """
         works: list[Work] = []
         self._preempted = []
         self.prefix_queries = self.prefix_hits = 0
-        for request in sorted(self.running, key=lambda r: (r.num_remaining > 1, r.order)):
+        self._reserved = reserve
+        for request in sorted(self.running, key=lambda r: (r.submit.priority, r.num_remaining > 1, r.arrival)):
             if request.prefix_node is not None:  # else preempted a moment ago
                 self._extend(works, request)
         self._admit(works)
@@ -94,8 +101,9 @@ class Scheduler:
 
     def _extend(self, works: list[Work], request: Request) -> None:
         """Give a running request as many rows as are left for it."""
-        wanted = min(request.num_remaining, self._max_rows - _num_rows(works))
-        if wanted <= 0:
+        rows_left = self._max_rows - _num_rows(works)
+        wanted = 1 if request.num_remaining == 1 else min(request.num_remaining, rows_left - self._reserved)
+        if wanted <= 0 or rows_left <= 0:
             return
         scheduled = {id(work.request) for work in works}
         while self.num_available < 1:
@@ -114,9 +122,10 @@ class Scheduler:
         """Start waiting requests in order while seats, rows and slots last."""
         computing = {r.submit.prompt for r in self.running if r.num_prompt - r.num_computed > 1}
         for request in list(self.waiting):
-            if len(self.running) >= self._max_num_seqs or _num_rows(works) >= self._max_rows or self._preempted:
+            is_full = _num_rows(works) + self._reserved >= self._max_rows
+            if len(self.running) >= self._max_num_seqs or is_full or self._preempted:
                 return
-            if self._use_prefix_cache and request.prompt_logprobs is None and request.submit.prompt in computing:
+            if self._looks_up(request) and request.submit.prompt in computing:
                 continue  # its twin's prompt will be in the cache in a few steps
             if not self._start(request):
                 return
@@ -131,8 +140,8 @@ class Scheduler:
         if self.running and len(request.tokens) - len(slots) + 1 > self.num_available:
             self.prefix.unlock(node)
             return False
-        request.prefix_node, request.slots, request.num_shared = node, slots, len(slots)
-        if request.num_preemptions == 0:
+        request.prefix_node, request.slots, request.num_shared = node, array("q", slots), len(slots)
+        if self._looks_up(request) and request.num_preemptions == 0:
             request.num_cached_tokens = len(slots)
             self.prefix_queries += len(request.tokens)
             self.prefix_hits += len(slots)
@@ -142,14 +151,17 @@ class Scheduler:
 
     def _lookup(self, request: Request) -> tuple[Node, list[int]]:
         """The cached prefix. The last token is always computed, and all of them if their log-probabilities are due."""
-        if not self._use_prefix_cache or request.prompt_logprobs is not None:
+        if not self._looks_up(request):
             return self.prefix.root, []
         return self.prefix.match(request.tokens[:-1])
 
+    def _looks_up(self, request: Request) -> bool:
+        return self._use_prefix_cache and request.prompt_logprobs is None
+
     def _take(self, count: int) -> list[int]:
         missing = count - self.slots.num_free
-        if missing > 0:
-            self.slots.release(self.prefix.evict(missing))
+        if missing > 0:  # a search for leaves costs the same for one slot or many
+            self.slots.release(self.prefix.evict(max(missing, self.slots.num_slots // 64)))
         return self.slots.allocate(count)
 
     def _preempt(self, request: Request) -> None:
@@ -171,7 +183,7 @@ class Scheduler:
             self.slots.release(request.own_slots)
         assert request.prefix_node is not None
         self.prefix.unlock(request.prefix_node)
-        request.prefix_node, request.slots, request.num_shared = None, [], 0
+        request.prefix_node, request.slots, request.num_shared = None, array("q"), 0
 
     def _share(self, request: Request) -> None:
         """Hand what the request has computed to the cache and go on using it there."""
@@ -180,7 +192,7 @@ class Scheduler:
         self.prefix.lock(node)
         assert request.prefix_node is not None
         self.prefix.unlock(request.prefix_node)
-        request.prefix_node, request.slots, request.num_shared = node, cached, len(cached)
+        request.prefix_node, request.slots, request.num_shared = node, array("q", cached), len(cached)
 
 
 def _num_rows(works: Sequence[Work]) -> int:

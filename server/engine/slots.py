@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 
 class SlotError(AssertionError):
     """A slot was lost or owned twice: a bug of ours, never a user's."""
@@ -39,7 +41,7 @@ class SlotPool:
 
     def check(self, owned: Iterable[int]) -> None:
         """Raise `SlotError` unless `owned` and the free list together name every slot exactly once."""
-        everything = sorted([*self._free, *owned])
-        if everything != list(range(1, self.num_slots + 1)):
-            counts = len(everything), len(set(everything))
-            raise SlotError(f"{self.num_slots} slots, but {counts[0]} are accounted for, {counts[1]} of them distinct")
+        owners = np.bincount([*self._free, *owned], minlength=self.num_slots + 1)  # [slots + 1]
+        if len(owners) != self.num_slots + 1 or owners[0] or (owners[1:] != 1).any():
+            lost, doubled = np.flatnonzero(owners[1:] == 0) + 1, np.flatnonzero(owners > 1)
+            raise SlotError(f"{self.num_slots} slots: {len(lost)} have no owner, {len(doubled)} more than one")

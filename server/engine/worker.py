@@ -8,10 +8,12 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import signal
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from server.engine.core import Engine
@@ -29,24 +31,23 @@ from server.engine.messages import (
 from server.errors import StartupError
 
 Inbox = queue.SimpleQueue[ToEngine]
+IDLE_SECONDS = 1.0  # before the slots are checked, which takes a large pool some tens of milliseconds
 
 
 def run_worker(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
     """Entry point of the child process. Messages in and out are those of `messages`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it sends Shutdown
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        engine = _load(config)
-    except StartupError as error:
-        outbox.send(Failed(error.message))
-        return
-    messages: Inbox = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(inbox, messages), daemon=True, name="inbox").start()
-    outbox.send(Ready(engine.runner.info))
-    try:
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone
+        try:
+            engine = _load(config)
+        except StartupError as error:
+            outbox.send(Failed(error.message))
+            return
+        messages: Inbox = queue.SimpleQueue()
+        threading.Thread(target=_read, args=(inbox, messages), daemon=True, name="inbox").start()
+        outbox.send(Ready(engine.runner.info))
         serve(engine, messages, outbox)
-    except BrokenPipeError:
-        return  # the parent is gone
 
 
 def _load(config: EngineConfig) -> Engine:
@@ -66,7 +67,7 @@ def _read(inbox: Connection, messages: Inbox) -> None:
 def serve(engine: Engine, messages: Inbox, outbox: Connection) -> None:
     """Take messages, step, send; sleep when there is nothing to do."""
     while True:
-        received = _receive(messages, wait=not engine.has_work)
+        received = _pending(messages) if engine.has_work else _wait(messages, engine.scheduler.check)
         deltas = [delta for message in received if (delta := _apply(engine, message)) is not None]
         if any(isinstance(message, Shutdown) for message in received):
             outbox.send(_joined(deltas, engine.shutdown()))
@@ -74,13 +75,21 @@ def serve(engine: Engine, messages: Inbox, outbox: Connection) -> None:
         output = _joined(deltas, engine.step())
         if output.deltas or output.stats.num_rows:
             outbox.send(output)
-        if not engine.has_work:
-            engine.scheduler.check()
 
 
-def _receive(messages: Inbox, *, wait: bool) -> list[ToEngine]:
-    """All messages that are there; at least one if told to wait."""
-    received = [messages.get()] if wait else []
+def _wait(messages: Inbox, on_idle: Callable[[], None]) -> list[ToEngine]:
+    """At least one message. `on_idle` runs once if none comes for a while."""
+    try:
+        first = messages.get(timeout=IDLE_SECONDS)
+    except queue.Empty:
+        on_idle()
+        first = messages.get()
+    return [first, *_pending(messages)]
+
+
+def _pending(messages: Inbox) -> list[ToEngine]:
+    """All messages that are there."""
+    received: list[ToEngine] = []
     while not messages.empty():
         received.append(messages.get())
     return received

@@ -61,6 +61,7 @@ class Choice:
             stop=options.stop,
             include_stop=options.include_stop,
             skip_special_tokens=options.skip_special_tokens,
+            min_tokens=submit.sampling.min_tokens,
         )
         self._timer = RequestTimer(service.metrics, arrival, len(submit.prompt), submit.sampling.max_tokens)
         self._text = echo  # not shown yet, like the tokens

@@ -16,6 +16,9 @@ from server.engine.messages import ModelInfo, SamplingParams, SpeculationParams,
 from server.errors import ContextLengthError, InvalidRequestError
 from server.openai.schema import GenerationRequest, SpeculationOptions
 
+MIN_TEMPERATURE = 1e-5  # below it, greedy, as in vLLM: the scaled logits would overflow
+MAX_LOGIT_BIAS = 1024  # entries; each costs time at every node of the tree
+
 
 def build_submits(
     request: GenerationRequest,
@@ -55,7 +58,7 @@ def _sampling_params(request: GenerationRequest, info: ModelInfo) -> SamplingPar
     return SamplingParams(
         max_tokens=0,
         min_tokens=request.min_tokens,
-        temperature=request.temperature,
+        temperature=0.0 if request.temperature < MIN_TEMPERATURE else request.temperature,
         top_p=request.top_p,
         top_k=max(request.top_k, 0),
         min_p=request.min_p,
@@ -100,6 +103,9 @@ def speculation_params(options: SpeculationOptions) -> SpeculationParams:
 
 
 def _logit_bias(bias: dict[str, float], info: ModelInfo) -> tuple[tuple[int, float], ...]:
+    if len(bias) > MAX_LOGIT_BIAS:
+        message = f"logit_bias names {len(bias)} tokens; at most {MAX_LOGIT_BIAS} are allowed."
+        raise InvalidRequestError(message, param="logit_bias")
     for key in bias:
         if not (key.isascii() and key.isdigit()):
             raise InvalidRequestError(f"The keys of logit_bias are token ids; {key!r} is none.", param="logit_bias")

@@ -19,6 +19,7 @@ class Detokenizer:
     """The text of one completion. `stopped` is the stop string that ended it, `num_tokens` how many tokens it took.
 
     Held back are the bytes of an incomplete character and the longest end of the text that may begin a stop string.
+    The text of the first `min_tokens` tokens is no part of any stop string.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Detokenizer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ) -> None:
         assert all(stop), "an empty stop string would end every text before it begins"
         self.stopped: str | None = None
@@ -36,6 +38,7 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._skip_special_tokens = skip_special_tokens
+        self._min_tokens = min_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_first = True
         self._held = ""
@@ -65,6 +68,8 @@ class Detokenizer:
         """Add `text` to what is held back; return what no stop string can reach any more."""
         if self.stopped is not None:
             return ""
+        if self.num_tokens <= self._min_tokens:
+            return text
         text = self._held + text
         matches = [(end, -len(stop), stop) for stop in self._stop if (end := _end(text, stop)) is not None]
         if matches:
