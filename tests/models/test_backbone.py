@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from models.backbone import Backbone, BackboneError
 from models.batch import Segment, build_batch
@@ -375,3 +375,10 @@ def test_weight_of_another_shape(folder: Path) -> None:
     change_config(folder, intermediate_size=40)
     with pytest.raises(BackboneError, match="6 mismatched keys"):
         load(folder)
+
+
+def test_end_tokens_outside_the_vocabulary_are_dropped() -> None:
+    """Small configurations keep GPT-2's 50256; nothing could ever draw it."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, eos_token_id=[3, 50256]))
+    assert Backbone(model).eos_token_ids == (3,)

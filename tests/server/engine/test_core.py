@@ -186,6 +186,66 @@ def test_preemption_recomputes_and_changes_nothing() -> None:
     assert sum(delta.stats.num_preemptions for delta in deltas if delta.stats) > 0
 
 
+def test_the_least_urgent_is_preempted_and_nobody_is_overtaken() -> None:
+    engine = make_engine(64, max_model_len=60, num_nodes=0)
+    for i, priority in enumerate([5, -1, 0, 5]):
+        engine.submit(
+            Submit(str(i), (i + 1,) * 5, SamplingParams(40, temperature=0, ignore_eos=True), priority=priority)
+        )
+    ends = [delta for delta in drain(engine) if delta.finish]
+    assert [delta.request_id for delta in ends] == ["1", "2", "0", "3"]
+    preemptions = {delta.request_id: delta.stats.num_preemptions for delta in ends if delta.stats}
+    assert preemptions["1"] == 0
+    assert preemptions["3"] > 0
+
+
+def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_slots() -> None:
+    engine = make_engine(60, num_nodes=0, prefix_cache=False)
+    engine.submit(submit("first", [1] * 20, 10, ignore_eos=True))
+    engine.step()
+    engine.submit(submit("large", [2] * 45, 2, ignore_eos=True))
+    engine.submit(submit("small", [3], 2, ignore_eos=True))
+    heard = list(dict.fromkeys(delta.request_id for delta in drain(engine)))
+    assert heard == ["first", "large", "small"]
+
+
+def test_trees_go_on_while_a_long_prompt_is_computed() -> None:
+    engine = make_engine(400, max_model_len=300, max_num_batched_rows=16, num_nodes=6)
+    engine.submit(submit("a", [1, 2], 60, ignore_eos=True))
+    engine.step()
+    engine.submit(submit("long", [3] * 200, 2, ignore_eos=True))
+    stats = [engine.step().stats for _ in range(5)]
+    assert all(step.num_draft_tokens > 0 for step in stats)
+    assert all(step.num_prompt_rows > 0 for step in stats)
+
+
+def test_guesses_beyond_the_end_are_not_counted() -> None:
+    """A path may run past the token that ends the request; what lies there was of no use to anybody."""
+    for seed in range(20):
+        engine = make_engine(num_nodes=30, seed=seed)
+        engine.submit(submit("a", [seed % 5 + 1], 7, ignore_eos=True))
+        deltas = drain(engine)
+        stats = deltas[-1].stats
+        assert stats is not None
+        won = [len(delta.token_ids) - 1 for delta in deltas[1:]]
+        assert sum(won) <= stats.speculation.num_accepted_draft_tokens <= sum(won) + 1
+
+
+def test_half_collected_prompt_logprobs_are_dropped_at_a_preemption() -> None:
+    engine = make_engine(40, max_model_len=36, max_num_batched_rows=8, num_nodes=0, prefix_cache=False)
+    engine.submit(submit("b", [7] * 30, 0, prompt_logprobs=0))
+    engine.step()
+    engine.step()
+    urgent = SamplingParams(20, temperature=0, ignore_eos=True)
+    engine.submit(Submit("a", (1,) * 14, urgent, priority=-1))
+    deltas = drain(engine)
+    (end,) = [delta for delta in deltas if delta.request_id == "b" and delta.finish]
+    assert end.prompt_logprobs is not None
+    assert len(end.prompt_logprobs) == 30
+    assert end.stats is not None
+    assert end.stats.num_preemptions == 1
+
+
 def test_prompt_logprobs_come_once_and_complete_even_when_chunked() -> None:
     engine = make_engine(max_num_batched_rows=4)
     prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]

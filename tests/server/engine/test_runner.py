@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,15 @@ from scipy import stats
 from tiny import run, submit, tiny_engine, tiny_llama, tokens
 from transformers import LlamaForCausalLM
 
+from models import sampling
+from models.drafters import medusa
+from models.drafters.medusa import DraftRow
+from models.drafters.resblock import ResBlockHeads
+from models.sampling import Row
+from models.tree import Tree
 from server.engine.core import Engine
-from server.engine.messages import EngineConfig, SamplingParams
+from server.engine.messages import EngineConfig, SamplingParams, SpeculationParams, Submit
+from server.engine.request import Outcome, Work
 from server.engine.runner import Runner
 from server.errors import StartupError
 
@@ -209,23 +218,40 @@ def test_prompt_logprobs_are_the_models_own(model: LlamaForCausalLM) -> None:
     assert collected[0] is None
     with torch.inference_mode():
         reference = tiny_llama(64, scale=2.0)(torch.tensor([prompt])).logits[0].log_softmax(-1)
-    for token, row, entry in zip(prompt[1:], reference, collected[1:], strict=False):
+    assert len(collected) == len(prompt)
+    for token, row, entry in zip(prompt[1:], reference[:-1], collected[1:], strict=True):
         assert entry is not None
         assert entry.token_id == token
         assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
         assert len(entry.top) == 2
 
 
-def test_typical_acceptance_accepts_more_and_stays_within_the_threshold(model: LlamaForCausalLM) -> None:
+def test_typical_acceptance_accepts_more_and_only_what_is_typical(model: LlamaForCausalLM) -> None:
     sampling = SamplingParams(40, temperature=1.0, seed=1, ignore_eos=True)
     engine = tiny_engine(model, num_nodes=30)
-    exact, loose = (
-        run(engine, [submit("a", PROMPTS[0], sampling, mode, **spec)])["a"][-1].stats
-        for mode, spec in [("lossless", {}), ("typical", {"epsilon": 0.01, "delta": 0.02})]
-    )
+    exact = run(engine, [submit("a", PROMPTS[0], sampling)])["a"][-1].stats
+    spec = SpeculationParams("typical", epsilon=0.02, delta=0.05)
+    engine.submit(Submit("b", tuple(PROMPTS[0]), sampling, spec))
+    deltas = []
+    while engine.has_work:
+        deltas.extend(engine.step().deltas)
+    loose, output = deltas[-1].stats, tokens(deltas)
     assert exact is not None
     assert loose is not None
     assert loose.speculation.num_accepted_draft_tokens > exact.speculation.num_accepted_draft_tokens
+    with torch.inference_mode():
+        logits = tiny_llama(64, scale=2.0)(torch.tensor([PROMPTS[0] + output])).logits[0, len(PROMPTS[0]) - 1 : -1]
+    p = logits.softmax(-1)
+    entropies = -(p * p.log()).sum(-1)
+    place, rejected = 0, 0
+    for delta in deltas:  # all tokens of a step but its last are accepted guesses
+        for token in delta.token_ids[:-1]:
+            threshold = min(0.02, 0.05 * math.exp(-float(entropies[place])))
+            assert float(p[place, token]) > threshold - 1e-6
+            place += 1
+        rejected += len(delta.token_ids) < 4
+        place += 1
+    assert rejected > 0
 
 
 def test_typical_at_temperature_zero_is_greedy(model: LlamaForCausalLM) -> None:
@@ -234,11 +260,73 @@ def test_typical_at_temperature_zero_is_greedy(model: LlamaForCausalLM) -> None:
     assert outputs(engine, SAMPLINGS["greedy"], "typical") == greedy
 
 
-def test_no_node_lies_beyond_the_request_or_the_context(model: LlamaForCausalLM) -> None:
+def test_no_node_lies_beyond_the_request_or_the_context(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = tiny_engine(model, num_nodes=30, max_model_len=12)
+    highest: list[int] = []
+
+    def watched(works: list[Work]) -> list[Outcome]:
+        for work in works:
+            depth = max(Tree(work.node_tokens, work.node_parents).depths, default=0)
+            highest.append(work.start + work.num_chain - 1 + depth)
+        return unwatched(works)
+
+    unwatched = engine.runner.run
+    monkeypatch.setattr(engine.runner, "run", watched)
     deltas = run(engine, [submit("a", [1, 2, 3, 4], SamplingParams(8, temperature=0, ignore_eos=True))])["a"]
     assert len(tokens(deltas)) == 8
     assert deltas[-1].finish == "length"
+    assert max(highest) == 10  # the twelfth token, at position 11, is only ever drawn
+
+
+def test_drafts_start_from_the_last_accepted_row_with_the_verifiers_noise(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(model, num_nodes=20)
+    runner = engine.runner
+    assert isinstance(runner, Runner)
+    drafted: list[DraftRow] = []
+    first_rows: list[Row] = []
+
+    def propose(heads: ResBlockHeads, hidden: torch.Tensor, rows: list[DraftRow], ranks: int) -> list[list[list[int]]]:
+        drafted.extend(rows)
+        return medusa.propose(heads, hidden, rows, ranks)
+
+    def sample(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+        first_rows.append(rows[0])
+        return sampling.sample(logits, rows)
+
+    monkeypatch.setattr("server.engine.runner.propose", propose)
+    monkeypatch.setattr("server.engine.runner.sampling", SimpleNamespace(**{**vars(sampling), "sample": sample}))
+    engine.submit(submit("a", PROMPTS[0], SAMPLINGS["plain"]))
+    reference = tiny_llama(64, scale=2.0)
+    while True:
+        engine.step()
+        if not engine.has_work:
+            break
+        (request,) = engine.scheduler.running
+        with torch.inference_mode():
+            states = reference.model(torch.tensor([request.tokens[:-1]])).last_hidden_state[0]
+        assert torch.allclose(runner._hidden["a"], states[-1], atol=1e-4)
+    assert [row.position for row in drafted] == [row.position for row in first_rows[1 : len(drafted) + 1]]
+    assert {row.params.seed for row in drafted} == {7}
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 7])
+def test_foreign_heads_without_measured_accuracies(model: LlamaForCausalLM, num_heads: int) -> None:
+    plain = tiny_engine(model)
+    runner = plain.runner
+    assert isinstance(runner, Runner)
+    heads = ResBlockHeads(runner.backbone.lm_head_weight, num_heads=num_heads)
+    options = EngineConfig("tiny", kv_cache_tokens=4096, num_nodes=63)
+    foreign = Engine(options, Runner(runner.backbone, heads, options))
+    assert outputs(foreign, SAMPLINGS["greedy"]) == outputs(plain, SAMPLINGS["greedy"])
+
+
+def test_more_logprobs_than_the_vocabulary_has_tokens() -> None:
+    deltas = run(tiny_engine(tiny_llama(VOCAB)), [submit("a", [1, 2], SamplingParams(2, logprobs=20, ignore_eos=True))])
+    assert all(len(entry.top) == VOCAB for delta in deltas["a"] for entry in delta.logprobs)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
+import pytest
 from fakes import FakeRunner, reference
 
+from server.engine import worker
 from server.engine.core import Engine
 from server.engine.messages import Abort, Delta, EngineConfig, Failed, SamplingParams, Shutdown, StepOutput, Submit
 from server.engine.worker import Inbox, run_worker, serve
@@ -112,3 +114,16 @@ def test_a_model_that_cannot_load_is_one_sentence() -> None:
     for end in (inbox, _keep, outbox):
         end.close()
     process.close()
+
+
+def test_the_slots_are_checked_when_nothing_comes_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "IDLE_SECONDS", 0.01)
+    messages: Inbox = queue.SimpleQueue()
+    checks: list[None] = []
+
+    def check() -> None:
+        checks.append(None)
+        messages.put(Abort("x"))
+
+    assert worker._wait(messages, check) == [Abort("x")]
+    assert len(checks) == 1

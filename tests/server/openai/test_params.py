@@ -42,6 +42,21 @@ async def test_everything(client: httpx.AsyncClient, engine: ScriptedEngine) -> 
     assert submit.priority == -4
 
 
+@pytest.mark.parametrize(("given", "used"), [(1e-300, 0.0), (9e-6, 0.0), (1e-5, 1e-5)])
+async def test_temperatures_that_would_overflow_are_greedy(
+    client: httpx.AsyncClient, engine: ScriptedEngine, given: float, used: float
+) -> None:
+    await client.post("/v1/completions", json={"prompt": "Hi", "temperature": given})
+    assert engine.submits[0].sampling.temperature == used
+
+
+async def test_a_long_logit_bias_is_refused(client: httpx.AsyncClient) -> None:
+    bias = {str(id): 1 for id in range(1025)}
+    error = (await client.post("/v1/completions", json={"prompt": "Hi", "logit_bias": bias})).json()["error"]
+    assert error["param"] == "logit_bias"
+    assert "at most 1024" in error["message"]
+
+
 async def test_seeds_are_drawn(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     for _ in range(2):
         await client.post("/v1/completions", json={"prompt": "Hi", "n": 2})

@@ -108,3 +108,12 @@ def test_special_tokens_are_skipped_on_request_only() -> None:
     ids = BYTES.encode("a<|end|>b")
     assert Detokenizer(BYTES).push(ids) == "ab"
     assert Detokenizer(BYTES, skip_special_tokens=False).push(ids) == "a<|end|>b"
+
+
+def test_no_stop_string_begins_before_min_tokens() -> None:
+    ids = BYTES.encode("a.b.c.d")
+    detokenizer = Detokenizer(BYTES, stop=["."], min_tokens=3)
+    assert detokenizer.push(ids) == "a.b"
+    assert detokenizer.num_tokens == 4
+    across = Detokenizer(BYTES, stop=["b."], min_tokens=3)  # its first character belongs to the first three tokens
+    assert across.push(ids) + across.finish() == "a.b.c.d"

@@ -1,0 +1,34 @@
+"""Who gets how many nodes."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.engine.controller import Controller
+from server.engine.messages import SamplingParams, SpeculationMode, SpeculationParams, Submit
+from server.engine.request import Request
+
+
+def request(max_nodes: int | None = None, mode: SpeculationMode = "lossless") -> Request:
+    return Request(Submit("r", (1,), SamplingParams(9), SpeculationParams(mode, max_nodes)), 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "budget", "allotted"),
+    [
+        ([None, None], 100, [5, 5]),
+        ([None, 2, 0], 100, [5, 2, 0]),
+        ([1000], 100, [63]),
+        ([None, None, None], 7, [2, 2, 3]),
+        ([63, 4, 4], 40, [32, 4, 4]),
+        ([4, 0, 0, 0], 4, [4, 0, 0, 0]),
+        ([None], -3, [0]),
+        ([], 10, []),
+    ],
+)
+def test_wishes_are_met_as_far_as_rows_last(wishes: list[int | None], budget: int, allotted: list[int]) -> None:
+    assert Controller(5).allot([request(wish) for wish in wishes], budget) == allotted
+
+
+def test_off_is_off() -> None:
+    assert Controller(5).allot([request(mode="off"), request(mode="typical")], 10) == [0, 5]
