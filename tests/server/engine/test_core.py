@@ -232,12 +232,11 @@ def test_guesses_beyond_the_end_are_not_counted() -> None:
 
 
 def test_half_collected_prompt_logprobs_are_dropped_at_a_preemption() -> None:
-    engine = make_engine(40, max_model_len=36, max_num_batched_rows=8, num_nodes=0, prefix_cache=False)
-    engine.submit(submit("b", [7] * 30, 0, prompt_logprobs=0))
+    engine = make_engine(40, max_model_len=36, max_num_batched_rows=4, num_nodes=0, prefix_cache=False)
+    urgent = SamplingParams(30, temperature=0, ignore_eos=True)
+    engine.submit(Submit("a", (1,) * 4, urgent, priority=-1))
     engine.step()
-    engine.step()
-    urgent = SamplingParams(20, temperature=0, ignore_eos=True)
-    engine.submit(Submit("a", (1,) * 14, urgent, priority=-1))
+    engine.submit(submit("b", [7] * 30, 0, prompt_logprobs=0))  # three rows a step, until the pool is full
     deltas = drain(engine)
     (end,) = [delta for delta in deltas if delta.request_id == "b" and delta.finish]
     assert end.prompt_logprobs is not None
