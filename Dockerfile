@@ -8,7 +8,7 @@ WORKDIR /src
 RUN python -m venv /opt/medusa
 COPY constraints.txt .
 RUN case "$TORCH" in \
-      cpu) pip install -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch ;; \
+      cpu) pip install -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch ;; \
       cuda) pip install -c constraints.txt torch ;; \
       *) echo "TORCH is '$TORCH'; set it to cpu or cuda" >&2; exit 1 ;; \
     esac

@@ -2,12 +2,12 @@
 #   make serve HOST=0.0.0.0 PORT=8001 MODEL=/path/or/hub-id HEADS=/path ARGS="--max-num-seqs 16"
 
 PYTHON ?= python3
-HOST ?= 127.0.0.1
-PORT ?= 8000
+HOST :=
+PORT :=
 MODEL ?=
 HEADS ?=
 ARGS ?=
-DATA ?= ../shared/data/self-distilled.jsonl
+DATA ?=
 OUTPUT ?= build/heads
 
 # Where torch comes from besides pip's own index. Without an NVIDIA driver: the CPU builds, a tenth of the size.
@@ -36,7 +36,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 serve: $(READY) ## start the server at HOST:PORT; MODEL, HEADS and ARGS are optional
-	$(BIN)/medusa-serve serve $(MODEL) $(if $(HEADS),--heads $(HEADS)) --host $(HOST) --port $(PORT) $(ARGS)
+	$(BIN)/medusa-serve serve $(MODEL) $(if $(HEADS),--heads $(HEADS)) \
+	  $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
 check: $(READY) ## lint, formatting, types, import rules
 	$(BIN)/ruff check .
@@ -55,6 +56,7 @@ bench: $(READY) ## plain decoding against Medusa, side by side, on this machine
 	$(BIN)/python -m tests.bench.speculation $(if $(MODEL),--model $(MODEL)) $(if $(HEADS),--heads $(HEADS)) $(ARGS)
 
 train-heads: $(READY) ## train heads for MODEL on DATA, write them to OUTPUT
+	@test -n "$(DATA)" || { echo "Say what to train on: make train-heads DATA=text.jsonl" >&2; exit 2; }
 	$(BIN)/medusa-serve train heads $(or $(MODEL),smollm2-135m-instruct) --data $(DATA) --output $(OUTPUT) $(ARGS)
 
 clean: ## remove the virtual environment and the tools' caches

@@ -102,6 +102,13 @@ class Backbone:
         return hidden
 
 
+def read_sizes(path: str | Path) -> tuple[int, int]:
+    """Hidden size and vocabulary that config.json names. Raises `BackboneError`."""
+    with _quiet():
+        config = _read_config(Path(path)).get_text_config(decoder=True)
+    return config.hidden_size, config.vocab_size
+
+
 def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     for config in (model.generation_config, model.config, model.config.get_text_config(decoder=True)):
         ids = getattr(config, "eos_token_id", None)

@@ -198,7 +198,9 @@ def _read(file: Path) -> Iterable[tuple[str, Tensor]]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 return [(name, opened.get_tensor(name)) for name in _of_heads(opened.keys())]
-        state: Mapping[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise CheckpointError(f"{file} holds no named tensors; give a file with trained heads.")
         return [(name, state[name]) for name in _of_heads(state)]
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).partition("\n")[0]

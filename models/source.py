@@ -55,7 +55,7 @@ def resolve(model: str, *, cache_dir: Path | None = None) -> Path:
     """
     if model == DEFAULT_MODEL:
         return _from_gguf(_packaged_gguf(), cache_dir)
-    path = Path(model).expanduser()
+    path = _local(model)
     if path.is_dir():
         return _checked(path, cache_dir)
     if path.is_file():
@@ -67,6 +67,16 @@ def resolve(model: str, *, cache_dir: Path | None = None) -> Path:
     raise ModelSourceError(f"{model} is no file or folder here, and no hub id such as org/name: check the spelling.")
 
 
+def _local(name: str) -> Path:
+    """The path that an operator means by `name`. Raises ModelSourceError if it can be none."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelSourceError(f"{name:.80} cannot be a path ({error}): check the spelling.") from error
+    return path
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model of a known kind. Raises ModelSourceError."""
     try:
@@ -74,6 +84,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         message = f"{folder} has no config.json: give the folder of a Hugging Face model."
         raise ModelSourceError(message) from error
+    except OSError as error:
+        raise ModelSourceError(f"{folder / 'config.json'} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise ModelSourceError(f"{folder / 'config.json'} is not valid JSON ({error}): fetch it again.") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
@@ -112,7 +124,7 @@ def resolve_heads(heads: str | None, model: str) -> Path | None:
     """
     if heads is None:
         return DEFAULT_HEADS if model == DEFAULT_MODEL and DEFAULT_HEADS.is_dir() else None
-    path = Path(heads).expanduser()
+    path = _local(heads)
     if heads != "none" and not path.exists():
         raise ModelSourceError(f"There are no heads at {heads}: check the path, or pass --heads none.")
     return None if heads == "none" else path
@@ -123,6 +135,8 @@ def check_heads(path: Path, config: Mapping[str, Any]) -> None:
 
     Heads in other formats are left to the engine. Raises ModelSourceError.
     """
+    if path.is_dir() and not any(path.glob(f"*{suffix}") for suffix in (".safetensors", ".pt", ".bin")):
+        raise ModelSourceError(f"There are no heads in the folder {path}: check the path, or pass --heads none.")
     hidden = next((config[key] for key in HIDDEN_SIZE_KEYS if key in config), None)
     shapes = _head_shapes(path)
     for name, shape in shapes.items():
@@ -245,5 +259,5 @@ def _read_optional_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ModelSourceError(f"{path} is not a JSON object ({error}): fetch it again.") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelSourceError(f"{path} cannot be read as a JSON object ({error}): fetch it again.") from error

@@ -2,7 +2,8 @@
 
 Invariants:
 - the port is bound and model and heads are checked before the engine process starts, which is what imports torch;
-- SIGINT and SIGTERM end it with exit code 0, at any time, and the engine process with it;
+- SIGINT and SIGTERM end it with exit code 0, at any time, and the engine process with it; an engine that keeps dying
+  ends it with exit code 1;
 - model, heads, engine and address are told on stderr as they become known.
 """
 
@@ -47,41 +48,51 @@ def serve(settings: Settings) -> int:
         _bound(settings.host, settings.port) as listener,
     ):
         _tell("medusa-serve", __version__)
+        heads = resolve_heads(settings.heads, settings.model)
         folder = resolve(settings.model)
         _tell("model", f"{settings.model_name}  {folder}")
-        heads = _checked_heads(settings, folder)
+        if heads is not None:
+            check_heads(heads, read_config(folder))
+        _tell_heads(settings, heads)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(settings, folder, heads, listener))
+            return runner.run(_serve(settings, folder, heads, listener))
     return 0
 
 
-def _checked_heads(settings: Settings, folder: Path) -> Path | None:
-    heads = resolve_heads(settings.heads, settings.model)
-    if heads is not None:
-        check_heads(heads, read_config(folder))
+def _tell_heads(settings: Settings, heads: Path | None) -> None:
     is_missing = heads is None and settings.heads is None and settings.model == DEFAULT_MODEL
     why = ": the built-in ones are not installed; see medusa-serve train heads" if is_missing else ": plain decoding"
     _tell("heads", str(heads) if heads is not None else f"none{why}")
-    return heads
 
 
-async def _serve(settings: Settings, folder: Path, heads: Path | None, listener: socket.socket) -> None:
+async def _serve(settings: Settings, folder: Path, heads: Path | None, listener: socket.socket) -> int:
     task = asyncio.current_task()
     assert task is not None
     _on_signals(lambda _: task.cancel())
     metrics = Metrics(settings.model_name)
     config = settings.engine_config(folder, heads)
-    engine = EngineClient(config, on_step=metrics.on_step, on_restart=metrics.on_restart)
+    given_up = asyncio.Event()
+    engine = EngineClient(config, on_step=metrics.on_step, on_restart=metrics.on_restart, on_dead=given_up.set)
     try:
         app = await _start(engine, metrics, settings.model_name, folder)
         server = _Server(app, settings.log_level, listener)
         _on_signals(lambda number: server.handle_exit(number, None))
+        watcher = asyncio.create_task(_exit_when(given_up, server))
         try:
             await server.serve(sockets=[listener])
         except OSError as error:  # somebody else bound the port in the same moment and was faster to listen
             raise _taken(settings.host, settings.port, error) from error
+        finally:
+            watcher.cancel()
     finally:
         await engine.stop()
+    return int(given_up.is_set())
+
+
+async def _exit_when(given_up: asyncio.Event, server: uvicorn.Server) -> None:
+    """A server without an engine is of no use: whoever supervises it can start another."""
+    await given_up.wait()
+    server.should_exit = True
 
 
 async def _start(engine: EngineClient, metrics: Metrics, model_name: str, folder: Path) -> FastAPI:

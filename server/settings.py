@@ -23,10 +23,10 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from models.source import DEFAULT_MODEL
 from server.engine.messages import EngineConfig
 from server.errors import StartupError
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LogLevel = Literal["debug", "info", "warning", "error"]

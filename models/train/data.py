@@ -5,6 +5,7 @@ plain text files, cut into documents at blank lines. Two optional fields describ
 (0 is greedy) and `n` (generated tokens; an answer with no fewer tokens was cut off, so no end token follows it).
 
 Invariants:
+- files are read before, and without, the model: what is wrong with them is said at once;
 - whether a row is held out depends on its prompt's text alone, so equal prompts are on one side and every run agrees;
 - chat rows count only what the assistant wrote, its end-of-turn token included; text rows count everything.
 """
@@ -15,9 +16,12 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
+
+from jinja2 import TemplateError
 
 
 class DataError(ValueError):
@@ -33,6 +37,7 @@ class Row:
     text: str = ""
     greedy: bool = False
     generated: int | None = None  # tokens that the model wrote, if known
+    where: str = ""  # file and line, for messages
 
     @property
     def key(self) -> str:
@@ -53,22 +58,22 @@ class Example:
     greedy: bool
 
 
-def load_examples(
-    files: Sequence[Path], tokenizer: Any, *, validation_fraction: float, max_length: int = 1024
+def encode_rows(
+    rows: Iterable[Row], tokenizer: Any, *, validation_fraction: float, max_length: int = 1024
 ) -> list[Example]:
-    """Read, split and tokenise every row; the end-of-turn tokens are the tokenizer's own end token.
+    """Split and tokenise every row; the end-of-turn tokens are the tokenizer's own end token.
 
-    Raises DataError for unreadable files and rows of no known form.
+    Raises DataError for chats that the tokenizer's template cannot render, and if no token counts.
     """
     examples = []
-    for row in itertools.chain.from_iterable(map(read_rows, files)):
+    for row in rows:
         tokens, counts = _encode_chat(row, tokenizer) if row.messages else _encode_text(row, tokenizer)
         held_out = is_held_out(row.key, validation_fraction)
         for start in range(0, len(tokens), max_length):
             cut = slice(start, start + max_length)
             examples.append(Example(tuple(tokens[cut]), tuple(counts[cut]), held_out, row.greedy))
     if not any(any(example.counts) for example in examples):
-        raise DataError(f"No text to learn from in {', '.join(map(str, files))}; give files with at least one answer.")
+        raise DataError("No text to learn from; give --data with at least one answer.")
     return examples
 
 
@@ -78,16 +83,23 @@ def is_held_out(key: str, fraction: float) -> bool:
     return int.from_bytes(digest) < fraction * 2**64
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """All rows of one file; `.jsonl` and `.json` are read line by line as JSON, anything else as plain text."""
+def read_rows(files: Iterable[Path]) -> list[Row]:
+    """All rows; `.jsonl` and `.json` are read line by line as JSON, anything else as plain text.
+
+    Raises DataError for unreadable files and rows of no known form.
+    """
+    return list(itertools.chain.from_iterable(map(_read, files)))
+
+
+def _read(path: Path) -> Iterator[Row]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read {path}: {error}; give UTF-8 text or JSONL files.") from error
     if path.suffix not in (".jsonl", ".json"):
-        yield from (Row(text=part) for part in _documents(content))
+        yield from (Row(text=part, where=str(path)) for part in _documents(content))
         return
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
             yield _parse(line, f"{path}:{number}")
 
@@ -106,8 +118,8 @@ def _documents(content: str, size: int = 4000) -> Iterator[str]:
 
 def _parse(line: str, where: str) -> Row:
     try:
-        return _row(json.loads(line))
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        return replace(_row(json.loads(line)), where=where)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise DataError(
             f"{where} is not a usable row ({error!r}); expected a JSON object with messages, q and a, "
             "prompt and completion, or text."
@@ -115,7 +127,8 @@ def _parse(line: str, where: str) -> Row:
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    greedy, generated = fields.get("temp") == 0, fields.get("n")
+    greedy = _typed(fields.get("temp"), int, float, NoneType) == 0
+    generated = _typed(fields.get("n"), int, NoneType)
     if "messages" in fields:
         turns = [(m["role"], m["content"]) for m in fields["messages"]]
     elif "q" in fields:
@@ -129,8 +142,14 @@ def _row(fields: dict[str, Any]) -> Row:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
+    text: str = _typed(value, str)
+    text.encode()  # ValueError for half a surrogate pair
+    return text
+
+
+def _typed(value: Any, *kinds: type) -> Any:
+    if type(value) not in kinds:
+        raise TypeError(f"{value!r} is not {' or '.join(kind.__name__ for kind in kinds)}")
     return value
 
 
@@ -143,10 +162,11 @@ def _encode_text(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
 def _encode_chat(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
     if not tokenizer.chat_template:
         raise DataError("This model has no chat template; give rows with prompt and completion, or with text.")
-    encoded = tokenizer(_render(tokenizer, row.messages), add_special_tokens=False, return_offsets_mapping=True)
+    chat = _render(tokenizer, row, row.messages)
+    encoded = tokenizer(chat, add_special_tokens=False, return_offsets_mapping=True)
     tokens = encoded["input_ids"]
     counts = [False] * len(tokens)
-    for begin, end in _answer_spans(row.messages, tokenizer):
+    for begin, end in _answer_spans(row, chat, tokenizer):
         inside = [i for i, (start, stop) in enumerate(encoded["offset_mapping"]) if begin <= start < stop <= end]
         for i in _until_end(inside, tokens, tokenizer.eos_token_id, row.generated):
             counts[i] = True
@@ -160,13 +180,22 @@ def _until_end(inside: list[int], tokens: Sequence[int], end_token: int, generat
     return inside[: length if generated is None else min(length, generated)]
 
 
-def _answer_spans(messages: Sequence[dict[str, str]], tokenizer: Any) -> Iterator[tuple[int, int]]:
-    """Character ranges of the assistant's turns in the rendered chat."""
-    for i, message in enumerate(messages):
+def _answer_spans(row: Row, chat: str, tokenizer: Any) -> Iterator[tuple[int, int]]:
+    """Character ranges of the assistant's turns in the rendered `chat`."""
+    for i, message in enumerate(row.messages):
         if message["role"] == "assistant":
-            begin = _render(tokenizer, messages[:i], add_generation_prompt=True)
-            yield len(begin), len(_render(tokenizer, messages[: i + 1]))
+            before = _render(tokenizer, row, row.messages[:i], add_generation_prompt=True)
+            after = _render(tokenizer, row, row.messages[: i + 1])
+            if not chat.startswith(before) or not chat.startswith(after):
+                raise DataError(
+                    f"{row.where}: the model's chat template changes a turn once others follow, so the answers cannot "
+                    "be told from the rest; give chats with one answer each, or rows with prompt and completion."
+                )
+            yield len(before), len(after)
 
 
-def _render(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+def _render(tokenizer: Any, row: Row, messages: Sequence[dict[str, str]], **options: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+    except TemplateError as error:
+        raise DataError(f"{row.where}: the model's chat template refuses this chat ({error}); leave it out.") from error

@@ -12,7 +12,9 @@ Invariants:
 
 from __future__ import annotations
 
+import hashlib
 import math
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +30,7 @@ from models.train.trunk import TrunkCache
 
 
 class ResumeError(ValueError):
-    """A saved state belongs to a run with other settings."""
+    """A saved state is broken, or belongs to a run with other settings or data."""
 
 
 @dataclass(frozen=True)
@@ -208,9 +210,8 @@ class Distiller:
     def save(self, path: Path) -> None:
         """Everything that `load` needs to go on; replaced in one move, so an interruption leaves the old file whole."""
         state = {
-            "recipe": asdict(self.recipe),
+            "run": self._run_digest(),
             "heads": self.heads.state_dict(),
-            "token_ids": self.heads.token_ids,
             "optimizer": self._optimizer.state_dict(),
             "position": asdict(self.position),
             "history": asdict(self.history),
@@ -221,17 +222,26 @@ class Distiller:
         path.with_suffix(".tmp").replace(path)
 
     def load(self, path: Path) -> None:
-        """Go on where `save` was called. Raises ResumeError if the settings are others."""
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location=self._device)
-        same_heads = {name: value.shape for name, value in state["heads"].items()} == {
-            name: value.shape for name, value in self.heads.state_dict().items()
-        }
-        same_vocabulary = torch.equal(state["token_ids"], self.heads.token_ids)
-        if state["recipe"] != asdict(self.recipe) or not (same_heads and same_vocabulary):
-            raise ResumeError(f"{path} was saved by a run with other settings; start anew without --resume.")
+        """Go on where `save` was called. Raises ResumeError if the file is broken or of another run."""
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location=self._device)
+            is_ours = state["run"] == self._run_digest()
+        except (OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
+            raise ResumeError(f"{path} is no saved state that can be read; start anew without --resume.") from error
+        if not is_ours:
+            raise ResumeError(f"{path} was saved by a run with other settings or data; start anew without --resume.")
         self.heads.load_state_dict(state["heads"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.position = Position(**state["position"])
         self.history = History(**state["history"])
         self.best = state["best"]
         self._loss_sum = state["loss_sum"]
+
+    def _run_digest(self) -> str:
+        """Of what decides the result: settings, shapes, draft vocabulary, text, what counts, what the model says."""
+        tensors = [(name, value.shape, value.dtype) for name, value in self.heads.state_dict().items()]
+        digest = hashlib.blake2b(repr((self.recipe, self.heads.lm_head.dtype, tensors)).encode(), digest_size=16)
+        chosen = (self.heads.token_ids.cpu().numpy(), self._positions, self._teachable)
+        for array in (*chosen, self._cache.starts, self._cache.tokens, self._cache.teacher_ids[:, 0]):
+            digest.update(f"{array.shape}".encode() + array.tobytes())
+        return digest.hexdigest()

@@ -22,8 +22,8 @@ from models.checkpoint import CheckpointError, load_heads
 from models.drafters.resblock import DEFAULT_ACCURACIES, Accuracies, ResBlockHeads
 from models.source import ModelSourceError, resolve
 from models.train.acceptance import Tau, Text, measure_accuracies, rank_text, tau_by_nodes
-from models.train.data import DataError, Example, load_examples
-from models.train.trunk import forward_with_hidden, load_trunk
+from models.train.data import DataError, Example, encode_rows, read_rows
+from models.train.trunk import TrunkError, check_device, forward_with_hidden, load_trunk
 
 VALIDATION_FRACTION = 0.06
 
@@ -43,8 +43,8 @@ def main(argv: list[str]) -> int:
     """Entry of `medusa-serve evaluate heads`; the exit code: 0, or 2 after one sentence on what is wrong."""
     options = _parser().parse_args(argv)
     try:
-        _evaluate(options, resolve(options.model), Console())
-    except (CheckpointError, DataError, ModelSourceError) as error:
+        _evaluate(options, Console())
+    except (CheckpointError, DataError, ModelSourceError, TrunkError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
@@ -62,10 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _evaluate(options: argparse.Namespace, path: Path, console: Console) -> None:
-    model, tokenizer = load_trunk(path, torch.float32, options.device)
+def _evaluate(options: argparse.Namespace, console: Console) -> None:
+    check_device(options.device)
+    rows = read_rows(options.data)
+    model, tokenizer = load_trunk(resolve(options.model), torch.float32, options.device)
     heads = load_heads(options.heads, model.get_output_embeddings())
-    examples = load_examples(options.data, tokenizer, validation_fraction=options.validation_fraction)
+    examples = encode_rows(rows, tokenizer, validation_fraction=options.validation_fraction)
     texts: list[Text] = []
     own: list[NDArray[np.bool_]] = []
     for i in track(held_out(examples), "Reading held-out text", console=console, transient=True):

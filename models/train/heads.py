@@ -2,13 +2,15 @@
 
 Invariants:
 - the run can be stopped at any time and continued with --resume, with the same result;
-- what is written is the epoch that was best on held-out text, which training never saw.
+- what is written is the epoch that was best on held-out text, which training never saw;
+- OUTPUT holds what may be published and nothing else; what the run needs for itself lies in --work, beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import signal
 import sys
 import time
@@ -28,15 +30,15 @@ from models.drafters.resblock import ResBlockHeads
 from models.source import ModelSourceError, resolve
 from models.train.acceptance import Text, measure_accuracies, rank_text, tau_by_nodes
 from models.train.card import model_card
-from models.train.data import DataError, load_examples
+from models.train.data import DataError, encode_rows, read_rows
 from models.train.distill import Distiller, Recipe, ResumeError, draft_vocabulary, teachable
 from models.train.evaluate import VALIDATION_FRACTION, held_out
-from models.train.trunk import TrunkCache, build_cache, end_tokens, load_trunk
+from models.train.trunk import TrunkCache, TrunkError, build_cache, check_device, end_tokens, load_trunk
 from models.tree import best_static_choices, expected_tau
 
 _SCORED_NODES = 8
 _SETTINGS = (
-    *("num_heads", "num_layers", "draft_vocab", "epochs", "batch_size", "lr", "seed"),
+    *("name", "num_heads", "num_layers", "draft_vocab", "epochs", "batch_size", "lr", "seed"),
     *("validation_fraction", "all_positions", "dtype"),
 )
 _SECONDS_BETWEEN_SAVES = 120.0
@@ -46,9 +48,12 @@ def main(argv: list[str]) -> int:
     """Entry of `medusa-serve train heads`; the exit code: 0, 2 after one sentence on what is wrong, 130 if stopped."""
     options = _parser().parse_args(argv)
     try:
-        train(options, resolve(options.model), Console())
-    except (DataError, ResumeError, ModelSourceError) as error:
+        train(options, Console())
+    except (DataError, ModelSourceError, ResumeError, TrunkError) as error:
         sys.stderr.write(f"error: {error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(f"error: Cannot write ({error}); give other folders as --output and --work.\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("Stopped; continue with --resume.\n")
@@ -64,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="folder, hub id or GGUF file of the base model")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSONL (chats or text) or plain text files")
     parser.add_argument("--output", type=Path, required=True, help="folder for the heads")
-    parser.add_argument("--work", type=Path, help="folder for the trunk's cached states (default: OUTPUT/work)")
+    parser.add_argument("--work", type=Path, help="folder for the trunk's cached states (default: OUTPUT.work)")
     parser.add_argument("--name", help="what to call the base model in the card (default: MODEL)")
     parser.add_argument("--num-heads", type=_positive, default=4)
     parser.add_argument("--num-layers", type=_positive, default=1, help="residual blocks per head")
@@ -88,12 +93,18 @@ def _positive(text: str) -> int:
     return number
 
 
-def train(options: argparse.Namespace, path: Path, console: Console) -> None:
-    """Everything from text to folder; `options` as parsed above."""
-    model, tokenizer = load_trunk(path, getattr(torch, options.dtype), options.device)
-    examples = load_examples(options.data, tokenizer, validation_fraction=options.validation_fraction)
+def train(options: argparse.Namespace, console: Console) -> None:
+    """Everything from text to folder; `options` as parsed above. What can be refused without the model, is."""
+    check_device(options.device)
+    rows = read_rows(options.data)
+    work = options.work or Path(f"{options.output.resolve()}.work")
+    for folder in (options.output, work):
+        folder.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load_trunk(resolve(options.model), getattr(torch, options.dtype), options.device)
+    examples = encode_rows(rows, tokenizer, validation_fraction=options.validation_fraction)
     judged = held_out(examples)
-    work = options.work or options.output / "work"
+    if not any(any(example.counts[2:]) for example in examples if not example.held_out):
+        raise DataError("No text is left to learn from; give more, or a smaller --validation-fraction.")
     with _progress(console) as progress:
         cache = build_cache(model, examples, work / "trunk", progress=_bar(progress, "Running the trunk"))
     training = np.array([not example.held_out for example in examples])
@@ -209,13 +220,14 @@ def _write(
 
 def _command(options: argparse.Namespace) -> str:
     """The call that repeats this run, folders aside."""
-    words = ["medusa-serve train heads", options.model, "--data", *(file.name for file in options.data), "--output DIR"]
+    files = [file.name for file in options.data]
+    words = ["medusa-serve", "train", "heads", options.model, "--data", *files, "--output", "DIR"]
     defaults = vars(_parser().parse_args(["x", "--data", "x", "--output", "x"]))
     for key in _SETTINGS:
         value = getattr(options, key)
         if value != defaults[key]:
-            words.append(f"--{key.replace('_', '-')}" if value is True else f"--{key.replace('_', '-')} {value}")
-    return " ".join(words)
+            words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
 
 
 def _machine(device: str) -> str:

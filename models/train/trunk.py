@@ -18,14 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from models.train.data import Example
 
 TEACHER_RANKS = 64
 _ROWS_PER_FORWARD = 1024
+
+
+class TrunkError(ValueError):
+    """The model or the device cannot be used; the message is one sentence that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,33 @@ class TrunkCache:
 
 
 def load_trunk(path: Path, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
-    """The model, frozen, and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
+    """The model, frozen, and its tokenizer. Raises TrunkError."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what matters of its loading report is raised
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        model = model.to(device).eval().requires_grad_(False)
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise TrunkError(f"The model in {path} cannot be loaded: {reason}; fetch it again.") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if faults := [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]:
+        raise TrunkError(f"The weights in {path} lack a {min(faults)} of the right shape; fetch the model again.")
     return model, tokenizer
+
+
+def check_device(name: str) -> None:
+    """Raise TrunkError unless tensors can be put on this device."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (AssertionError, ImportError, RuntimeError) as error:
+        raise TrunkError(
+            f"--device {name} cannot be used here; give cpu, or cuda with a GPU and a CUDA build of torch."
+        ) from error
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -61,7 +61,7 @@ def _ignore(*_: object) -> None:
 class EngineClient:
     """The engine, seen from the event loop. `info` is valid once `start()` has returned.
 
-    `on_step` hears of every step, `on_restart` of every process after the first.
+    `on_step` hears of every step, `on_restart` of every process after the first, `on_dead` when no more are started.
     """
 
     info: ModelInfo
@@ -72,12 +72,14 @@ class EngineClient:
         *,
         on_step: Callable[[StepStats], None] = _ignore,
         on_restart: Callable[[], None] = _ignore,
+        on_dead: Callable[[], None] = _ignore,
         target: Target = _run_worker,
     ) -> None:
         self.status: Status = "starting"
         self._config = config
         self._on_step = on_step
         self._on_restart = on_restart
+        self._on_dead = on_dead
         self._target = target
         self._requests: dict[str, asyncio.Queue[Delta | EngineDeadError]] = {}
         self._process: _EngineProcess | None = None
@@ -160,6 +162,7 @@ class EngineClient:
             ready_at = time.monotonic()
         self.status = "dead"
         logger.critical("The engine process died %d times in a row and is given up.", deaths)
+        self._on_dead()
 
     async def _wait_ready(self, process: _EngineProcess) -> None:
         try:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from models import memory, sampling, verify
-from models.backbone import Backbone
+from models.backbone import Backbone, read_sizes
 from models.batch import Segment, build_batch
-from models.checkpoint import CheckpointError, load_heads
+from models.checkpoint import CheckpointError, check_heads, load_heads, read_heads
 from models.drafters.medusa import DraftRow, propose
 from models.drafters.resblock import DEFAULT_ACCURACIES, ResBlockHeads
 from models.kv_pool import KVPool
@@ -63,6 +63,9 @@ class Runner:
         device = _device(config.device)
         dtype = _dtype(config.dtype, device)
         try:
+            if config.heads is not None:
+                hidden_size, vocab_size = read_sizes(config.model)
+                check_heads(read_heads(Path(config.heads)), hidden_size=hidden_size, vocab_size=vocab_size)
             backbone = Backbone.load(config.model, dtype=dtype, device=device)
             heads = None
             if config.heads is not None:

@@ -80,5 +80,9 @@ async def events(chunks: AsyncGenerator[Mapping[str, Any], None]) -> AsyncGenera
     yield b"data: [DONE]\n\n"
 
 
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}  # some clients split lines there
+
+
 def _event(content: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return b"data: " + text.translate(_LINE_ENDS).encode() + b"\n\n"

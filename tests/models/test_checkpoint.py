@@ -257,3 +257,10 @@ def test_wrong_accuracies_are_refused(tmp_path: Path, lm_head: Tensor, blocks: B
     write_config(tmp_path, accuracies=accuracies)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load_heads(tmp_path, lm_head)
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(1)], {"0.0.linear.weight": 1}])
+def test_a_pickle_of_something_else_is_refused(tmp_path: Path, lm_head: Tensor, content: object) -> None:
+    torch.save(content, tmp_path / "medusa_lm_head.pt")
+    with pytest.raises(CheckpointError, match="no named tensors"):
+        load_heads(tmp_path, lm_head)

@@ -262,3 +262,20 @@ def test_broken_head_files_are_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "heads.safetensors").write_bytes(content)
     with pytest.raises(ModelSourceError, match="cannot be read as safetensors"):
         check_heads(tmp_path, CONFIG)
+
+
+def test_an_empty_heads_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelSourceError, match="no heads in the folder"):
+        check_heads(tmp_path, {})
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "x" * 300, "a\0b"])
+def test_names_that_no_file_can_have_are_refused(name: str) -> None:
+    with pytest.raises(ModelSourceError, match="check the spelling"):
+        resolve(name)
+
+
+def test_a_configuration_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ModelSourceError, match="cannot be read"):
+        resolve(str(tmp_path))

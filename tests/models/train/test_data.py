@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from models.train.data import DataError, Example, is_held_out, load_examples
+from models.train.data import DataError, Example, encode_rows, is_held_out, read_rows
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def load(tmp_path: Path, tiny_tokenizer: Any) -> Any:
     def load(*rows: object, name: str = "rows.jsonl", **options: Any) -> list[Example]:
         text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
         (tmp_path / name).write_text(text)
-        return load_examples([tmp_path / name], tiny_tokenizer, **{"validation_fraction": 0.0} | options)
+        return encode_rows(read_rows([tmp_path / name]), tiny_tokenizer, **{"validation_fraction": 0.0} | options)
 
     return load
 
@@ -86,22 +86,58 @@ def test_a_larger_fraction_only_adds() -> None:
 
 
 @pytest.mark.parametrize(
-    "row", ["{", "[]", '"text"', '{"other": 1}', '{"text": null}', '{"messages": [{}]}', '{"q": 1, "a": 2}']
+    "row",
+    [
+        *("{", "[]", '"text"', '{"other": 1}', '{"text": null}', '{"messages": [{}]}', '{"q": 1, "a": 2}'),
+        *('{"q": "w1", "a": "w2", "n": "12"}', '{"q": "w1", "a": "w2", "n": 1.5}', '{"q": "w1", "a": "w2", "n": true}'),
+        *('{"q": "w1", "a": "w2", "temp": "0"}', '{"text": "\\ud800"}'),
+    ],
 )
 def test_unusable_rows_are_named(load: Any, row: str) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:2 is not a usable row"):
         load({"text": "w1 w2"}, row)
 
 
-def test_missing_and_empty_files(load: Any, tmp_path: Path, tiny_tokenizer: Any) -> None:
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\u0085"])
+def test_only_newlines_end_a_row(load: Any, end: str) -> None:
+    examples = load(json.dumps({"text": f"w1{end}w2"}, ensure_ascii=False), {"text": "w3"})
+    assert [len(example.tokens) for example in examples] == [2, 1]
+
+
+def test_missing_and_empty_files(load: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Cannot read"):
-        load_examples([tmp_path / "absent.jsonl"], tiny_tokenizer, validation_fraction=0.1)
+        read_rows([tmp_path / "absent.jsonl"])
     with pytest.raises(DataError, match="No text to learn from"):
         load("")
 
 
-def test_chats_need_a_template(tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "chat.jsonl").write_text('{"q": "w1", "a": "w2"}')
+def test_chats_need_a_template(load: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
     with pytest.raises(DataError, match="no chat template"):
-        load_examples([tmp_path / "chat.jsonl"], tiny_tokenizer, validation_fraction=0.1)
+        load({"q": "w1", "a": "w2"})
+
+
+def test_a_chat_that_the_template_refuses_is_named(
+    load: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", refusing + tiny_tokenizer.chat_template)
+    turns = [("system", "w0"), ("user", "w1"), ("assistant", "w2")]
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: .* refuses this chat \(no system turn\)"):
+        load({"q": "w1", "a": "w2"}, {"messages": [{"role": role, "content": content} for role, content in turns]})
+
+
+def test_a_template_that_changes_earlier_turns_takes_single_answers_only(
+    load: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thinking = (
+        "{% for m in messages %}{{ '<' + m.role + '> ' }}"
+        "{% if m.role == 'assistant' and loop.last %}{{ 'w9 ' }}{% endif %}{{ m.content + ' </s> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+    )
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", thinking)
+    turns = [{"role": role, "content": "w1"} for role in ("user", "assistant")]
+    (example,) = load({"messages": turns})
+    assert counted(example, tiny_tokenizer) == "w9 w1 </s>"
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .* changes a turn once others follow"):
+        load({"messages": turns * 2})

@@ -1,6 +1,7 @@
 """The loss against autograd, the choice of teachers against a loop, and training: resumable, best epoch kept."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,5 +158,49 @@ def test_a_finished_run_resumes_to_the_same_heads(distiller: Callable[..., Disti
 
 def test_other_settings_do_not_resume(distiller: Callable[..., Distiller], tmp_path: Path) -> None:
     distiller().save(tmp_path / "state.pt")
-    with pytest.raises(ResumeError, match="without --resume"):
+    distiller().load(tmp_path / "state.pt")
+    with pytest.raises(ResumeError, match="other settings or data; start anew without --resume"):
         distiller(lr=1e-3).load(tmp_path / "state.pt")
+
+
+def _other_text(cache: TrunkCache) -> TrunkCache:
+    return replace(cache, tokens=(cache.tokens + 1) % VOCAB)
+
+
+def _other_model(cache: TrunkCache) -> TrunkCache:
+    return replace(cache, teacher_ids=cache.teacher_ids[:, ::-1])
+
+
+def _all_positions(cache: TrunkCache) -> TrunkCache:
+    return replace(cache, counts=np.ones_like(cache.counts))
+
+
+@pytest.mark.parametrize("change", [_other_text, _other_model, _all_positions])
+def test_other_data_does_not_resume(
+    cache: TrunkCache, distiller: Callable[..., Distiller], tmp_path: Path, change: Callable[[TrunkCache], TrunkCache]
+) -> None:
+    first = distiller()
+    first.save(tmp_path / "state.pt")
+    second = Distiller(first.heads, change(cache), np.array([True, True, False, True]), first.recipe)
+    with pytest.raises(ResumeError, match="other settings or data"):
+        second.load(tmp_path / "state.pt")
+
+
+def test_another_split_does_not_resume(cache: TrunkCache, distiller: Callable[..., Distiller], tmp_path: Path) -> None:
+    first = distiller()
+    first.save(tmp_path / "state.pt")
+    second = Distiller(first.heads, cache, np.array([True, True, True, False]), first.recipe)
+    with pytest.raises(ResumeError, match="other settings or data"):
+        second.load(tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "foreign"])
+def test_a_broken_state_is_refused(distiller: Callable[..., Distiller], tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "state.pt"
+    distiller().save(path)
+    whole = path.read_bytes()
+    torch.save([1, 2], tmp_path / "foreign.pt")
+    foreign = (tmp_path / "foreign.pt").read_bytes()
+    path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"xx", "foreign": foreign}[damage])
+    with pytest.raises(ResumeError, match=r"no saved state that can be read; start anew without --resume"):
+        distiller().load(path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from models.checkpoint import WEIGHTS_NAME, load_heads
 from models.train import evaluate, heads
 from models.train.acceptance import measure_accuracies, tau_by_nodes
-from models.train.data import Example, load_examples
+from models.train.data import Example, encode_rows, read_rows
 from models.train.distill import Distiller
 from models.train.trunk import load_trunk
 
@@ -48,15 +49,18 @@ def own_text(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_training_writes_heads_that_load_and_guess(
     command: list[str], tiny_model: Path, own_text: Path, tmp_path: Path
 ) -> None:
-    assert heads.main(command) == 0
+    assert heads.main([*command, "--name", "org/tiny model"]) == 0
+    assert {file.name for file in (tmp_path / "heads").iterdir()} == {"README.md", "config.json", WEIGHTS_NAME}
+    assert {file.name for file in (tmp_path / "heads.work").iterdir()} == {"state.pt", "trunk"}
     config = json.loads((tmp_path / "heads" / "config.json").read_text())
     assert (config["medusa_num_heads"], config["hidden_size"], config["draft_vocab_size"]) == (3, 32, 40)
     assert config["training"]["losses"] == sorted(config["training"]["losses"], reverse=True)
-    assert "--draft-vocab 40" in (tmp_path / "heads" / "README.md").read_text()
+    card = (tmp_path / "heads" / "README.md").read_text()
+    assert "--output DIR --name 'org/tiny model' --num-heads 3 --draft-vocab 40" in card
 
     model, tokenizer = load_trunk(tiny_model, torch.float32, "cpu")
     trained = load_heads(tmp_path / "heads", model.get_output_embeddings())
-    examples = load_examples([own_text], tokenizer, validation_fraction=0.3)
+    examples = encode_rows(read_rows([own_text]), tokenizer, validation_fraction=0.3)
     ranked = [evaluate.rank_example(model, trained, examples[i]) for i in evaluate.held_out(examples)]
     texts = [text for found, _ in ranked for text in found]
     assert all(agreed.all() for _, agreed in ranked)
@@ -120,15 +124,52 @@ def test_held_out_prefers_greedy_rows() -> None:
 def test_what_cannot_be_done_is_said_in_a_sentence(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert heads.main([*command, "--data", str(tmp_path / "absent.jsonl")]) == 2
-    assert "Cannot read" in capsys.readouterr().err
     assert heads.main([*command, "--validation-fraction", "0"]) == 2
     assert "held out" in capsys.readouterr().err
+    assert heads.main([*command, "--validation-fraction", "1"]) == 2
+    assert "left to learn from" in capsys.readouterr().err
     assert heads.main([*command, "--epochs", "1"]) == 0
     assert heads.main([*command, "--epochs", "2", "--resume"]) == 2
     assert "without" in capsys.readouterr().err
+    (tmp_path / "heads.work" / "state.pt").write_bytes(b"")
+    assert heads.main([*command, "--epochs", "1", "--resume"]) == 2
+    assert "no saved state" in capsys.readouterr().err
     assert evaluate.main([command[0], "--heads", str(tmp_path / "none"), "--data", command[2]]) == 2
     assert "nothing at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--device", "nonsense"], "--device nonsense cannot be used here"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+        (["--data", "absent.jsonl"], "Cannot read absent.jsonl"),
+        (["--output", __file__], "give other folders as --output and --work"),
+    ],
+)
+def test_what_needs_no_model_is_said_before_it_is_looked_for(
+    command: list[str], flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert heads.main(["no model at all", *command[1:], *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert error.count("\n") == 1
+    if "--output" not in flags:
+        assert evaluate.main(["no model at all", "--heads", "none", "--data", __file__, *flags]) == 2
+        assert capsys.readouterr().err == error
+
+
+def test_a_model_that_does_not_load_is_said(
+    command: list[str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(tiny_model, broken)
+    (broken / "model.safetensors").write_bytes(b"not tensors")
+    assert heads.main([str(broken), *command[1:]]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert evaluate.main([str(broken), "--heads", "none", "--data", command[2]]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--epochs", "--num-heads", "--batch-size"])

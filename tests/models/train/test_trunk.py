@@ -1,5 +1,6 @@
 """The cache against plain transformers forwards, built in one go or in two."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from models.train import trunk
 from models.train.data import Example
-from models.train.trunk import build_cache, end_tokens, load_trunk
+from models.train.trunk import TrunkError, build_cache, check_device, end_tokens, load_trunk
 
 
 @pytest.fixture
@@ -73,3 +75,26 @@ def test_other_text_has_another_cache(model: Any, examples: list[Example], tmp_p
 def test_end_tokens_of_model_and_tokenizer(configured: object, of_tokenizer: int | None, expected: list[int]) -> None:
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=configured))
     assert end_tokens(model, SimpleNamespace(eos_token_id=of_tokenizer)) == expected
+
+
+def test_weights_that_do_not_load_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrunkError, match=r"lack a model\.norm\.weight of the right shape"):
+        load_trunk(folder, torch.float32, "cpu")
+    save_file(weights | {"model.norm.weight": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrunkError, match=r"lack a model\.norm\.weight of the right shape"):
+        load_trunk(folder, torch.float32, "cpu")
+    (folder / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(TrunkError, match="cannot be loaded"):
+        load_trunk(folder, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "nonsense", "meta", ""])
+def test_devices_that_are_not_there(name: str) -> None:
+    check_device("cpu")
+    with pytest.raises(TrunkError, match=f"--device {name} cannot be used here"):
+        check_device(name)

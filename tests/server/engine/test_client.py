@@ -183,10 +183,17 @@ async def test_an_engine_that_keeps_dying_is_given_up(tmp_path: Path, monkeypatc
     monkeypatch.setattr(client_module, "FIRST_BACKOFF_SECONDS", 0.0)
     monkeypatch.setattr(client_module, "MAX_DEATHS", 3)
     restarts: list[None] = []
-    config = EngineConfig(str(tmp_path / "born"))
-    async with running(EngineClient(config, target=ready_once, on_restart=lambda: restarts.append(None))) as engine:
+    deaths: list[None] = []
+    client = EngineClient(
+        EngineConfig(str(tmp_path / "born")),
+        target=ready_once,
+        on_restart=lambda: restarts.append(None),
+        on_dead=lambda: deaths.append(None),
+    )
+    async with running(client) as engine:
         await until(lambda: engine.status == "dead")
         assert len(restarts) == 2
+        assert len(deaths) == 1
 
 
 async def test_stop_kills_a_process_that_does_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:

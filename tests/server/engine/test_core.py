@@ -9,7 +9,7 @@ import pytest
 from fakes import EOS, VOCAB, FakeRunner, reference
 
 from server.engine.core import Engine
-from server.engine.messages import Delta, EngineConfig, SamplingParams, SpeculationParams, StepOutput, StepStats, Submit
+from server.engine.messages import Delta, EngineConfig, SamplingParams, SpeculationParams, Submit
 
 
 def make_engine(num_slots: int = 200, *, max_model_len: int = 60, seed: int = 0, **config: object) -> Engine:
@@ -272,59 +272,75 @@ def test_abort_frees_everything_at_once() -> None:
     assert not engine.has_work
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_nothing_is_lost_at_random(seed: int) -> None:
-    """Submit, abort, preempt and finish at random; over all seeds some thousands of requests."""
-    rng = random.Random(seed)
-    engine = make_engine(
-        rng.choice([50, 64, 120]),
-        max_model_len=48,
-        seed=seed,
-        num_nodes=rng.choice([0, 3, 9]),
-        max_num_seqs=rng.choice([1, 4, 12]),
-        max_num_batched_rows=rng.choice([12, 16, 64]),
-        prefix_cache=rng.random() < 0.8,
-    )
-    submitted: dict[str, Submit] = {}
-    got: dict[str, list[int]] = defaultdict(list)
-    ends: dict[str, list[Delta]] = defaultdict(list)
+class Play:
+    """Requests submitted, aborted, preempted and finished at random, and all that was heard of them."""
 
-    def note(output: StepOutput) -> None:
-        for delta in output.deltas:
-            assert not ends[delta.request_id], "news after the end"
-            got[delta.request_id].extend(delta.token_ids)
-            if delta.finish:
-                ends[delta.request_id].append(delta)
-
-    for turn in range(400):
-        if rng.random() < 0.4:
-            prompt = [rng.randrange(1, 4) for _ in range(rng.randrange(1, 25))]
-            new = Submit(
-                str(turn),
-                tuple(prompt),
-                SamplingParams(rng.randrange(1, 48 - len(prompt)), temperature=0, ignore_eos=rng.random() < 0.5),
-                priority=rng.choice([0, 0, 0, -1, 3]),
-            )
-            submitted[new.request_id] = new
-            assert engine.submit(new) is None
-        if rng.random() < 0.1 and submitted:
-            name = rng.choice(list(submitted))
-            ended = engine.abort(name)
-            if ended is not None:
-                note(StepOutput((ended,), StepStats()))
-        if engine.has_work:
-            note(engine.step())
-        engine.scheduler.check()
-    while engine.has_work:
-        note(engine.step())
-        engine.scheduler.check()
-    assert len(submitted) > 100
-    for name, request in submitted.items():
-        assert len(ends[name]) == 1
-        expected = reference(
-            request.prompt, request.sampling.max_tokens, ignore_eos=request.sampling.ignore_eos, limit=48
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.engine = make_engine(
+            self.random.choice([50, 64, 120]),
+            max_model_len=48,
+            seed=seed,
+            num_nodes=self.random.choice([0, 3, 9]),
+            max_num_seqs=self.random.choice([1, 4, 12]),
+            max_num_batched_rows=self.random.choice([12, 16, 64]),
+            prefix_cache=self.random.random() < 0.8,
         )
-        if ends[name][0].finish == "abort":
-            assert got[name] == expected[: len(got[name])]
-        else:
-            assert got[name] == expected
+        self.submitted: dict[str, Submit] = {}
+        self.got: dict[str, list[int]] = defaultdict(list)
+        self.ends: dict[str, Delta] = {}
+
+    def run(self, turns: int) -> None:
+        for turn in range(turns):
+            if self.random.random() < 0.4:
+                self.submit(str(turn))
+            if self.random.random() < 0.1 and self.submitted:
+                self.abort(self.random.choice(list(self.submitted)))
+            self.step()
+        while self.engine.has_work:
+            self.step()
+
+    def submit(self, name: str) -> None:
+        rng = self.random
+        prompt = tuple(rng.randrange(1, 4) for _ in range(rng.randrange(1, 25)))
+        sampling = SamplingParams(rng.randrange(1, 48 - len(prompt)), temperature=0, ignore_eos=rng.random() < 0.5)
+        self.submitted[name] = Submit(name, prompt, sampling, priority=rng.choice([0, 0, 0, -1, 3]))
+        assert self.engine.submit(self.submitted[name]) is None
+
+    def abort(self, name: str) -> None:
+        ended = self.engine.abort(name)
+        if ended is not None:
+            self.hear(ended)
+
+    def step(self) -> None:
+        for delta in self.engine.step().deltas if self.engine.has_work else ():
+            self.hear(delta)
+        self.engine.scheduler.check()
+
+    def hear(self, delta: Delta) -> None:
+        assert delta.request_id not in self.ends, "news after the end"
+        self.got[delta.request_id].extend(delta.token_ids)
+        if delta.finish:
+            self.ends[delta.request_id] = delta
+
+    def check(self) -> None:
+        assert self.ends.keys() == self.submitted.keys()
+        for name, request in self.submitted.items():
+            sampling = request.sampling
+            expected = reference(request.prompt, sampling.max_tokens, ignore_eos=sampling.ignore_eos)
+            is_whole = self.ends[name].finish != "abort"
+            assert self.got[name] == (expected if is_whole else expected[: len(self.got[name])])
+
+
+@pytest.mark.parametrize("group", range(6))
+def test_nothing_is_lost_at_random(group: int) -> None:
+    """Over all groups some thousands of requests."""
+    plays = [Play(seed) for seed in range(5 * group, 5 * group + 5)]
+    for play in plays:
+        play.run(400)
+        play.check()
+    stats = [end.stats for play in plays for end in play.ends.values() if end.stats]
+    assert len(stats) > 500
+    assert sum(s.num_preemptions for s in stats) > 10
+    assert sum(s.num_cached_tokens for s in stats) > 100
+    assert sum(s.speculation.num_accepted_draft_tokens for s in stats) > 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 
 import httpx
@@ -48,6 +49,16 @@ def test_chunks_arrive_as_they_are_made() -> None:
             lines = (line for line in response.iter_lines() if line)
             assert '"role":"assistant"' in next(lines)
             assert '"content":"a"' in next(lines)
+
+
+def test_characters_that_end_lines_elsewhere_do_not_end_an_event() -> None:
+    text = "a\u2028b\u2029c\x85d"
+    with live(app_of(ScriptedEngine(lambda submit: say(submit, text, by=99)))) as url:
+        body = {"prompt": "Hi", "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+            events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert events[-1] == "[DONE]"
+    assert "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1]) == text
 
 
 def test_the_end_of_the_server_stops_the_engine() -> None:
