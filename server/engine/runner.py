@@ -111,10 +111,11 @@ class Runner:
         sampled_from = [
             index for mine, last in zip(rows, firsts[1:], strict=True) for index in range(last - len(mine), last)
         ]
-        index = torch.tensor(sampled_from, dtype=torch.long, device=self.device)
+        is_all = len(sampled_from) == len(logits)  # the usual case: spare a copy of all logits
+        chosen = logits if is_all else logits[torch.tensor(sampled_from, dtype=torch.long, device=self.device)]
         sampled: list[int] = []
         if sampled_from:
-            sampled = sampling.sample(logits[index], [row for mine in rows for row in mine]).tolist()
+            sampled = sampling.sample(chosen, [row for mine in rows for row in mine]).tolist()
         outcomes: list[Outcome] = []
         used = 0
         for work, mine, first, last in zip(works, rows, firsts, firsts[1:], strict=False):
