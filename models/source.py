@@ -135,7 +135,7 @@ def check_heads(path: Path, config: Mapping[str, Any]) -> None:
 
     Heads in other formats are left to the engine. Raises ModelSourceError.
     """
-    if path.is_dir() and not any(path.glob(f"*{suffix}") for suffix in (".safetensors", ".pt", ".bin")):
+    if path.is_dir() and not any(file.suffix in (".safetensors", ".pt", ".bin") for file in path.iterdir()):
         raise ModelSourceError(f"There are no heads in the folder {path}: check the path, or pass --heads none.")
     hidden = next((config[key] for key in HIDDEN_SIZE_KEYS if key in config), None)
     shapes = _head_shapes(path)

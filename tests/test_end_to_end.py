@@ -82,7 +82,7 @@ def server() -> Iterator[Server]:
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-        assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        assert psutil.wait_procs(children, timeout=5)[1] == []
 
 
 def ask(question: str, **options: object) -> dict[str, object]:

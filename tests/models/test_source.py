@@ -141,6 +141,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEDUSA_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert cache.default_cache_dir() == Path("/xdg/medusa-serve")
     monkeypatch.setenv("MEDUSA_CACHE", "/mine")
