@@ -66,7 +66,6 @@ class Batch:
 
     positions: Tensor  # [rows] int64
     slots: Tensor  # [rows] int64; where the K and V of each row go
-    segments: tuple[Segment, ...]
     groups: tuple[Group, ...]
 
 
@@ -81,7 +80,7 @@ def build_batch(segments: Sequence[Segment], positions: Tensor, slots: Tensor, d
         _build_group([segments[i] for i in members], [starts[i] for i in members], positions, slots)
         for members in _partition(segments)
     )
-    return Batch(positions, slots, tuple(segments), tuple(groups))
+    return Batch(positions, slots, tuple(groups))
 
 
 def _work(num_rows: int, num_keys: int) -> int:

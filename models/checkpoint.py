@@ -73,8 +73,18 @@ def load_heads(
     lm_head: the output embedding or its weight, [vocab, hidden]; dtype and device default to its own.
     Raises CheckpointError.
     """
+    return build_heads(read_heads(path), lm_head, dtype=dtype, device=device)
+
+
+def build_heads(
+    tensors: HeadTensors,
+    lm_head: Tensor | nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> ResBlockHeads:
+    """`load_heads` for a checkpoint that has been read. Raises CheckpointError."""
     base = (lm_head if isinstance(lm_head, Tensor) else lm_head.get_parameter("weight")).detach()
-    tensors = read_heads(path)
     check_heads(tensors, hidden_size=base.shape[1], vocab_size=base.shape[0])
     base = base.to(device=device or base.device, dtype=dtype or base.dtype)
     rows = _output_rows(tensors, base)

@@ -25,7 +25,6 @@ class KVPool:
     def __init__(
         self, shapes: Sequence[Shape], num_slots: int, *, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        self.num_slots = num_slots
         self.keys = [torch.empty(num_slots + 1, heads, k_dim, dtype=dtype, device=device) for heads, k_dim, _ in shapes]
         self.values = [
             torch.empty(num_slots + 1, heads, v_dim, dtype=dtype, device=device) for heads, _, v_dim in shapes

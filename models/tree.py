@@ -53,9 +53,6 @@ class Tree:
         return tuple(reversed(nodes))
 
 
-EMPTY = Tree()
-
-
 @lru_cache(maxsize=4096)
 def best_static_choices(accuracies: tuple[tuple[float, ...], ...], num_nodes: int) -> tuple[Choice, ...]:
     """The `num_nodes` choices of greatest expected acceptance, best first (Medusa, arXiv 2401.10774, section 2.3.3).

@@ -19,7 +19,7 @@ from torch import Tensor
 from models import memory, sampling, verify
 from models.backbone import Backbone, read_sizes
 from models.batch import Segment, build_batch
-from models.checkpoint import CheckpointError, check_heads, load_heads, read_heads
+from models.checkpoint import CheckpointError, build_heads, check_heads, read_heads
 from models.drafters.medusa import DraftRow, propose
 from models.drafters.resblock import DEFAULT_ACCURACIES, ResBlockHeads
 from models.kv_pool import KVPool
@@ -63,13 +63,12 @@ class Runner:
         device = _device(config.device)
         dtype = _dtype(config.dtype, device)
         try:
-            if config.heads is not None:
+            tensors = None if config.heads is None else read_heads(Path(config.heads))
+            if tensors is not None:
                 hidden_size, vocab_size = read_sizes(config.model)
-                check_heads(read_heads(Path(config.heads)), hidden_size=hidden_size, vocab_size=vocab_size)
+                check_heads(tensors, hidden_size=hidden_size, vocab_size=vocab_size)
             backbone = Backbone.load(config.model, dtype=dtype, device=device)
-            heads = None
-            if config.heads is not None:
-                heads = load_heads(Path(config.heads), backbone.lm_head_weight, dtype=dtype, device=device)
+            heads = None if tensors is None else build_heads(tensors, backbone.lm_head_weight)
         except (BackboneError, CheckpointError) as error:
             raise StartupError(str(error)) from error
         return cls(backbone, heads, config)

@@ -105,11 +105,8 @@ class Scheduler:
         wanted = 1 if request.num_remaining == 1 else min(request.num_remaining, rows_left - self._reserved)
         if wanted <= 0 or rows_left <= 0:
             return
-        scheduled = {id(work.request) for work in works}
         while self.num_available < 1:
-            victim = next(
-                (r for r in reversed(self.running) if id(r) not in scheduled and r.order >= request.order), None
-            )
+            victim = self._victim(works, request)
             if victim is None:
                 return
             self._preempt(victim)
@@ -117,6 +114,12 @@ class Scheduler:
                 return
         slots = self._take(min(wanted, self.num_available))
         works.append(Work(request, request.num_computed, slots))
+
+    def _victim(self, works: list[Work], request: Request) -> Request | None:
+        """The last in order that is not part of the step, `request` itself at the earliest."""
+        scheduled = {id(work.request) for work in works}
+        later = (r for r in reversed(self.running) if id(r) not in scheduled and r.order >= request.order)
+        return next(later, None)
 
     def _admit(self, works: list[Work]) -> None:
         """Start waiting requests in order while seats, rows and slots last."""
