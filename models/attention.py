@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from models.batch import Batch, Group
+from models.kernels import cpu
 from models.kv_pool import KVPool
 
 
@@ -58,6 +59,13 @@ def tree_attention(query: Tensor, keys: Tensor, values: Tensor, batch: Batch, sc
     return out
 
 
+def c_attention(query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scoring: Scoring) -> Tensor:
+    """The C kernel, for float32 queries on a CPU; what it does not know goes to torch."""
+    if scoring.softcap is not None or scoring.sinks is not None or not cpu.can_attend(keys, values, query.shape[1]):
+        return tree_attention(query, keys, values, batch, scoring)
+    return cpu.attention(query, keys, values, batch, scoring.scaling, scoring.window)
+
+
 def _attend_group(query: Tensor, keys: Tensor, values: Tensor, group: Group, scoring: Scoring) -> Tensor:
     """[B * T, heads, k_dim] -> [B * T, heads, v_dim]. The query heads of one kv head become rows of one product."""
     size, height, width = group.visible.shape
@@ -65,8 +73,8 @@ def _attend_group(query: Tensor, keys: Tensor, values: Tensor, group: Group, sco
     shared = query.shape[1] // kv_heads
     q = query.view(size, height, kv_heads, shared, k_dim).permute(0, 2, 3, 1, 4)
     q = q.reshape(size, kv_heads, shared * height, k_dim)
-    k = keys.index_select(0, group.keys).view(size, width, kv_heads, k_dim).transpose(1, 2)
-    v = values.index_select(0, group.keys).view(size, width, kv_heads, -1).transpose(1, 2)
+    k = keys.index_select(0, group.keys).to(q.dtype).view(size, width, kv_heads, k_dim).transpose(1, 2)
+    v = values.index_select(0, group.keys).to(q.dtype).view(size, width, kv_heads, -1).transpose(1, 2)
     bias = group.bias(scoring.window, q.dtype, shared)
     if scoring.softcap is None and scoring.sinks is None:
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scoring.scaling)
@@ -97,7 +105,8 @@ class PagedTreeAttention:
 
     def __init__(self, kernel: Kernel = tree_attention) -> None:
         self.name = f"medusa_tree_{next(self._serials)}"
-        self._kernel = kernel
+        self.kernel = kernel
+        self.scorings: dict[int, Scoring] = {}  # of each layer, as it last called
         self._step: tuple[Batch, KVPool] | None = None
         AttentionInterface.register(self.name, self.attend)
 
@@ -109,6 +118,12 @@ class PagedTreeAttention:
             yield
         finally:
             self._step = None
+
+    @property
+    def running(self) -> tuple[Batch, KVPool]:
+        """The step that runs."""
+        assert self._step is not None
+        return self._step
 
     def attend(
         self,
@@ -125,16 +140,10 @@ class PagedTreeAttention:
         **_: object,  # the probe at load has refused a model that says anything else that matters
     ) -> tuple[Tensor, None]:
         """What each attention layer calls, positions already in K. Returns [1, rows, heads, v_dim] and no weights."""
-        assert self._step is not None
         assert attention_mask is None
-        batch, pool = self._step
+        batch, pool = self.running
         layer: int = module.layer_idx  # type: ignore[assignment]
         pool.write(layer, batch.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        out = self._kernel(
-            query[0].transpose(0, 1),
-            pool.keys[layer],
-            pool.values[layer],
-            batch,
-            Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or None, softcap, s_aux),
-        )
-        return out[None], None
+        scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or None, softcap, s_aux)
+        self.scorings[layer] = scoring
+        return self.kernel(query[0].transpose(0, 1), pool.keys[layer], pool.values[layer], batch, scoring)[None], None

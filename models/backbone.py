@@ -29,6 +29,8 @@ from transformers.utils import logging
 
 from models.attention import PagedTreeAttention
 from models.batch import Batch
+from models.fused import FusedModel, can_fuse
+from models.kernels.cpu import kernels
 from models.kv_pool import KVPool
 from models.probe import (
     BackboneError,
@@ -40,8 +42,11 @@ from models.probe import (
     refusal,
     set_attention,
 )
+from models.quantize import quantize_linears
 
 __all__ = ["Backbone", "BackboneError"]
+
+MAX_POSITIONS = 1 << 17  # of a model that names no limit, when they must be counted
 
 
 class Backbone:
@@ -57,6 +62,9 @@ class Backbone:
             raise refusal(model, "it has no output embedding")
         self.lm_head_weight: Tensor = head.weight.detach()  # [vocab, hidden]
         self.hidden_size: int = self.lm_head_weight.shape[1]
+        self.kv_dtype = model.dtype
+        self.quantization = "none"
+        self._fused: FusedModel | None = None
         head.register_forward_pre_hook(self._keep_hidden)
         self._hidden: Tensor | None = None
         with _quiet():
@@ -80,12 +88,29 @@ class Backbone:
             _check_config(config, device)
             return cls(_read_weights(Path(path), config, dtype, device))
 
+    def quantize(self) -> None:
+        """Make the weights int8 and the cache binary16, for the C kernels. Raises `KernelError` if they cannot be had.
+
+        For float32 models on a CPU, once. A model of the common shape becomes one call a step; another keeps its code.
+        """
+        kernels()
+        self.kv_dtype, self.quantization = torch.float16, "int8"
+        if can_fuse(self._model, self._attention.scorings):
+            positions = self.max_position_embeddings or MAX_POSITIONS
+            self._fused = FusedModel(self._model, self._attention.scorings, positions)
+            return
+        self._attention.kernel = c_attention
+        quantize_linears(self._model)
+        self._model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
+
     @torch.inference_mode()
     def forward(self, tokens: Tensor, batch: Batch, pool: KVPool, logit_rows: Tensor) -> tuple[Tensor, Tensor]:
         """Run `tokens` [rows] and keep `logit_rows` [n]: logits [n, vocab] float32 and hidden [n, hidden].
 
         Hidden is what enters the output embedding. K and V of all rows are in `pool` afterwards, at `batch.slots`.
         """
+        if self._fused is not None:
+            return self._fused.forward(tokens, batch, pool, logit_rows)
         with self._attention.step(batch, pool):
             out = self._model(
                 input_ids=tokens[None], position_ids=batch.positions[None], use_cache=False, logits_to_keep=logit_rows

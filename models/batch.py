@@ -1,7 +1,7 @@
 """The rows of one step, laid out once for every layer.
 
-A step is a list of rows packed one after another. A `Segment` says what the rows of one request may look at;
-`build_batch` pads segments of like size into rectangles (`Group`).
+A step is a list of rows packed one after another. A `Segment` says what the rows of one request may look at. The C
+kernels read them from a table (`Layout`); torch needs segments of like size padded into rectangles (`Group`).
 
 Invariants:
 - a row sees the context of its own segment, the chain up to itself, its ancestors in the tree and itself, nothing else;
@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -61,26 +61,51 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """One step, ready for every layer."""
+class Layout:
+    """The same as tables, all int64 but parents."""
 
-    positions: Tensor  # [rows] int64
-    slots: Tensor  # [rows] int64; where the K and V of each row go
-    groups: tuple[Group, ...]
+    segments: Tensor  # [segments, 5]: place in `table`, context length, first packed row, chain rows, rows
+    table: Tensor  # slots of each segment in the order of the sequence: context, then chain
+    parents: Tensor  # [rows] int32; the packed row of a tree node's parent, -1 under the chain and in it
+
+
+class Batch:
+    """One step, ready for every layer. Layouts are made when a kernel first asks."""
+
+    def __init__(self, segments: Sequence[Segment], positions: Tensor, slots: Tensor) -> None:
+        self.positions = positions  # [rows] int64
+        self.slots = slots  # [rows] int64; where the K and V of each row go
+        self._segments = segments
+        ends = list(itertools.accumulate(segment.num_rows for segment in segments))
+        assert ends
+        assert ends[-1] == len(positions) == len(slots)
+        self._starts = [0, *ends[:-1]]
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(
+            _build_group(
+                [self._segments[i] for i in members], [self._starts[i] for i in members], self.positions, self.slots
+            )
+            for members in _partition(self._segments)
+        )
+
+    @cached_property
+    def layout(self) -> Layout:
+        rows, tables, parents, place = [], [], [], 0
+        for segment, start in zip(self._segments, self._starts, strict=True):
+            num_context, first_node = len(segment.context), start + segment.num_chain
+            rows.append((place, num_context, start, segment.num_chain, segment.num_rows))
+            tables += [segment.context, self.slots[start:first_node]]
+            parents += [-1] * segment.num_chain
+            parents += [parent if parent < 0 else first_node + parent for parent in segment.parents]
+            place += num_context + segment.num_chain
+        return Layout(torch.tensor(rows), torch.cat(tables), torch.tensor(parents, dtype=torch.int32))
 
 
 def build_batch(segments: Sequence[Segment], positions: Tensor, slots: Tensor, device: torch.device | str) -> Batch:
     """Lay out one step. `positions` and `slots`: [rows] int64, in the order of the segments' rows."""
-    ends = list(itertools.accumulate(segment.num_rows for segment in segments))
-    assert ends
-    assert ends[-1] == len(positions) == len(slots)
-    starts = [0, *ends[:-1]]
-    positions, slots = positions.to(device), slots.to(device)
-    groups = (
-        _build_group([segments[i] for i in members], [starts[i] for i in members], positions, slots)
-        for members in _partition(segments)
-    )
-    return Batch(positions, slots, tuple(groups))
+    return Batch(segments, positions.to(device), slots.to(device))
 
 
 def _work(num_rows: int, num_keys: int) -> int:

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.drafters.packed import PackedHeads
 from models.drafters.resblock import ResBlockHeads
 from models.sampling import Params, gumbel_from_keys, noise_key
+
+
+Heads = ResBlockHeads | PackedHeads
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,7 @@ class DraftRow:
     position: int
 
 
-def propose(heads: ResBlockHeads, hidden: Tensor, rows: Sequence[DraftRow], num_ranks: int) -> list[list[list[int]]]:
+def propose(heads: Heads, hidden: Tensor, rows: Sequence[DraftRow], num_ranks: int) -> list[list[list[int]]]:
     """The best `num_ranks` tokens of each depth.
 
     hidden: [rows, hidden] of each request's last accepted row. Returns [rows][depth][rank] token ids, best first.

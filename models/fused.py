@@ -1,0 +1,174 @@
+"""A model of the common shape as one call of the C kernels a step, built from the modules that transformers loaded.
+
+Common: embedding; layers of RMSNorm, rotary attention (biases, norms of Q and K, a window and layers without rotation are
+fine), RMSNorm and SwiGLU; RMSNorm; output embedding. Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are of it.
+
+Invariants:
+- a model that is not known exactly, by class and sizes, is not fused;
+- a row's logits and its K and V are bitwise the same whatever rows share its step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from ctypes import c_int64
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.attention import Scoring
+from models.batch import Batch
+from models.kernels import cpu, reference
+from models.kv_pool import KVPool
+
+COMMON = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM"}
+FIXED_ROTATIONS = {"default", "linear", "llama3", "yarn"}  # of a position, whatever the others are
+
+
+def can_fuse(model: PreTrainedModel, scorings: Mapping[int, Scoring]) -> bool:
+    """Whether `model` is of the common shape. `scorings`: how each layer has called the attention."""
+    if type(model).__name__ not in COMMON:
+        return False
+    trunk: Any = model.model
+    return trunk.rotary_emb.rope_type in FIXED_ROTATIONS and all(
+        _is_common(layer, scorings[layer.self_attn.layer_idx]) for layer in trunk.layers
+    )
+
+
+def _is_common(layer: Any, scoring: Scoring) -> bool:
+    attn, mlp = layer.self_attn, layer.mlp
+    linears = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    widths = (attn.q_proj.in_features, attn.o_proj.in_features, mlp.down_proj.in_features, attn.head_dim)
+    return (
+        scoring.softcap is None
+        and scoring.sinks is None
+        and all(type(linear) is nn.Linear for linear in linears)
+        and all(width % reference.GROUP == 0 for width in widths)
+        and attn.head_dim <= cpu.MAX_DIM
+        and type(mlp.act_fn).__name__ in ("SiLUActivation", "SiLU")
+    )
+
+
+class FusedModel:
+    """Has packed what it needs of the modules, which can be thrown away; of their tensors it keeps the embedding."""
+
+    def __init__(self, model: PreTrainedModel, scorings: Mapping[int, Scoring], num_positions: int) -> None:
+        """`model`, float32 on a CPU, must be one that `can_fuse`."""
+        trunk: Any = model.model
+        first = trunk.layers[0]
+        self._dim: int = first.self_attn.head_dim
+        self._heads: int = first.self_attn.q_proj.out_features // self._dim
+        self._kv_heads: int = first.self_attn.k_proj.out_features // self._dim
+        self._inner: int = first.mlp.down_proj.in_features
+        self._kept: list[object] = []  # what the structs point into
+        self._pool: KVPool | None = None  # the one whose addresses they hold
+        packed = [self._pack(layer, scorings[layer.self_attn.layer_idx]) for layer in trunk.layers]
+        self._layers = (cpu.LayerStruct * len(packed))(*packed)
+        cosines, sines = _rotations(trunk.rotary_emb, num_positions)
+        head: nn.Linear = model.get_output_embeddings()
+        self._hidden_size, self._vocab_size = head.in_features, head.out_features
+        self._struct = cpu.TrunkStruct(
+            self._layers,
+            len(packed),
+            self._keep(trunk.embed_tokens.weight),
+            self._keep(trunk.norm.weight),
+            self._linear((head.weight, head.bias)),
+            self._keep(cosines),
+            self._keep(sines),
+            cosines.shape[1],
+        )
+
+    def forward(self, tokens: Tensor, batch: Batch, pool: KVPool, logit_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Backbone.forward`."""
+        if pool is not self._pool:
+            self._point_to(pool)
+        rows, count = len(tokens), len(logit_rows)
+        wide = max(self._hidden_size, self._heads * self._dim, self._inner)
+        queries = self._heads * self._dim
+        widths = (self._hidden_size, queries + 2 * self._kv_heads * self._dim, queries, queries, self._inner)
+        space = [torch.empty(rows, width) for width in widths]
+        narrow = cpu.Rows(rows, wide)
+        buffers = cpu.BuffersStruct(*map(cpu.address, space), narrow.struct)
+        step = cpu.step_struct(batch)
+        kept = torch.empty(count, self._hidden_size)
+        logits = torch.empty(count, self._struct.head.outputs)
+        cpu.call(
+            "medusa_forward",
+            ctypes.byref(self._struct),
+            ctypes.byref(step),
+            ctypes.byref(buffers),
+            cpu.address(tokens),
+            cpu.address(logit_rows),
+            c_int64(count),
+            cpu.address(kept),
+            cpu.address(logits),
+        )
+        return logits[:, : self._vocab_size], kept
+
+    def _point_to(self, pool: KVPool) -> None:
+        self._pool = pool
+        for struct, keys, values in zip(self._layers, pool.keys, pool.values, strict=True):
+            struct.attention.keys, struct.attention.values = cpu.address(keys), cpu.address(values)
+            struct.attention.is_half = keys.dtype == torch.float16
+
+    def _pack(self, layer: Any, scoring: Scoring) -> cpu.LayerStruct:
+        attn, mlp = layer.self_attn, layer.mlp
+        attention = cpu.AttentionStruct(
+            heads=self._heads,
+            kv_heads=self._kv_heads,
+            k_dim=self._dim,
+            v_dim=self._dim,
+            window=scoring.window or 0,
+            scaling=scoring.scaling,
+        )
+        return cpu.LayerStruct(
+            qkv=self._linear(_stacked(attn.q_proj, attn.k_proj, attn.v_proj)),
+            out=self._linear((attn.o_proj.weight, attn.o_proj.bias)),
+            gate_up=self._linear(_interleaved(mlp.gate_proj, mlp.up_proj)),
+            down=self._linear((mlp.down_proj.weight, mlp.down_proj.bias)),
+            input_norm=self._keep(layer.input_layernorm.weight),
+            post_norm=self._keep(layer.post_attention_layernorm.weight),
+            q_norm=self._keep(attn.q_norm.weight if hasattr(attn, "q_norm") else None),
+            k_norm=self._keep(attn.k_norm.weight if hasattr(attn, "k_norm") else None),
+            epsilon=layer.input_layernorm.variance_epsilon,
+            is_rotary=bool(getattr(attn, "use_rope", True)),
+            attention=attention,
+        )
+
+    def _linear(self, parts: tuple[Tensor, Tensor | None]) -> cpu.LinearStruct:
+        packed = cpu.PackedLinear(*parts)
+        self._kept.append(packed)
+        return packed.struct
+
+    def _keep(self, tensor: Tensor | None) -> ctypes.c_void_p:
+        kept = None if tensor is None else tensor.detach().contiguous()
+        self._kept.append(kept)
+        return cpu.address(kept)
+
+
+def _rotations(rotary: nn.Module, num_positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of all positions as the model computes them: [num_positions, rotary_dim] each."""
+    cosines, sines = rotary(torch.empty(0), torch.arange(num_positions)[None])
+    return cosines[0], sines[0]
+
+
+def _stacked(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """One weight and one bias that do what `linears` do, outputs one after another."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    if all(linear.bias is None for linear in linears):
+        return weight, None
+    biases = [weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
+    return weight, torch.cat([bias.detach() for bias in biases])
+
+
+def _interleaved(gate: nn.Linear, up: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Blocks of the gate's and of the up projection's outputs in turn."""
+    weight, bias = _stacked(gate, up)
+
+    def turn(stacked: Tensor) -> Tensor:
+        return stacked.unflatten(0, (2, -1, cpu.BLOCK)).transpose(0, 1).reshape(stacked.shape)
+
+    return turn(weight), None if bias is None else turn(bias)

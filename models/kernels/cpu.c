@@ -1,0 +1,230 @@
+/* What Python calls (models.kernels.cpu): linear layers, attention, and a whole model of the common shape.
+ *
+ * Each call is one parallel region; its threads go through the stages together. Buffers are the caller's, none is kept.
+ */
+#include <omp.h>
+#include <stdlib.h>
+
+#include "attention.h"
+#include "linear.h"
+
+#define PANEL 128  /* rows whose quantised values stay in the second-level cache */
+#define LONGEST 64 /* blocks of one piece of work: memory is read fastest in long runs */
+
+/* One decoder layer of the common shape: RMSNorm, rotary attention, RMSNorm, SwiGLU. */
+typedef struct {
+    Linear qkv, out, gate_up, down; /* gate_up: blocks of 16 outputs of the gate and of the up projection in turn */
+    const float *input_norm, *post_norm; /* [hidden] */
+    const float *q_norm, *k_norm;        /* [head_dim] or null */
+    float epsilon;
+    int32_t is_rotary;
+    Attention attention;
+} Layer;
+
+/* A whole model: embedding, layers, norm, output embedding. */
+typedef struct {
+    const Layer *layers;
+    int64_t num_layers;
+    const float *embedding;   /* [vocab][hidden] */
+    const float *norm;        /* [hidden] */
+    Linear head;
+    const float *cos, *sin;   /* [positions][rotary_dim] */
+    int64_t rotary_dim;
+} Trunk;
+
+/* What a step works on. */
+typedef struct {
+    float *hidden;   /* [rows][hidden]: the residual stream */
+    float *qkv;      /* [rows][(heads + 2 kv_heads) * dim] */
+    float *query;    /* [rows][heads * dim] */
+    float *attended; /* [rows][heads * dim] */
+    float *inner;    /* [rows][intermediate] */
+    Rows narrow;     /* quantised; as wide as the widest input */
+} Buffers;
+
+typedef enum { SET, ADD, SWIGLU } Mode;
+
+INLINE floats silu(floats v) { return v / (1.0f + exponential(-v)); }
+
+INLINE void put_tile(const Linear *linear, int64_t block, const Rows *rows, int64_t row, const int count, Mode mode,
+                     float *out) {
+    floats v[TILE][PARTS], up[TILE][PARTS];
+    block_outputs(linear, block, rows, row, count, v);
+    if (mode == SWIGLU) block_outputs(linear, block + 1, rows, row, count, up);
+    const int64_t width = mode == SWIGLU ? linear->outputs / 2 : linear->outputs;
+    for (int r = 0; r < count; r++)
+        for (int part = 0; part < PARTS; part++) {
+            float *to = out + (row + r) * width + (mode == SWIGLU ? block / 2 : block) * BLOCK + part * LANES;
+            if (mode == SET) store(to, v[r][part]);
+            else if (mode == ADD) store(to, load(to) + v[r][part]);
+            else store(to, silu(v[r][part]) * up[r][part]);
+        }
+}
+
+INLINE void put_block(const Linear *linear, int64_t block, const Rows *rows, int64_t row, int64_t end, Mode mode,
+                      float *out) {
+    for (; row + TILE <= end; row += TILE) put_tile(linear, block, rows, row, TILE, mode, out);
+    switch (end - row) {
+        case 1: put_tile(linear, block, rows, row, 1, mode, out); break;
+        case 2: put_tile(linear, block, rows, row, 2, mode, out); break;
+        case 3: put_tile(linear, block, rows, row, 3, mode, out); break;
+#if TILE > 4
+        case 4: put_tile(linear, block, rows, row, 4, mode, out); break;
+        case 5: put_tile(linear, block, rows, row, 5, mode, out); break;
+        case 6: put_tile(linear, block, rows, row, 6, mode, out); break;
+        case 7: put_tile(linear, block, rows, row, 7, mode, out); break;
+#endif
+    }
+}
+
+/* One stage: out (or its sum with the outputs, or SwiGLU of them) for `count` rows, PANEL rows at a time. */
+INLINE void multiply(Team *team, const Linear *linear, const Rows *rows, int64_t count, Mode mode, float *out) {
+    const int64_t blocks = linear->outputs / BLOCK, panels = (count + PANEL - 1) / PANEL;
+    const int64_t share = (blocks / (2 * team->size) + 2) & ~1L, piece = share < LONGEST ? share : LONGEST; /* even */
+    const int64_t pieces = (blocks + piece - 1) / piece;
+    for (int64_t i; (i = take(team, 1)) < pieces * panels;) {
+        const int64_t first = i / pieces * PANEL, end = first + PANEL < count ? first + PANEL : count;
+        const int64_t stop = (i % pieces + 1) * piece < blocks ? (i % pieces + 1) * piece : blocks;
+        for (int64_t block = i % pieces * piece; block < stop; block += mode == SWIGLU ? 2 : 1)
+            put_block(linear, block, rows, first, end, mode, out);
+    }
+    meet(team);
+}
+
+/* One stage: quantise `count` rows. */
+static void narrow(Team *team, const Rows *rows, int64_t count, const float *from) {
+    for (int64_t row; (row = take(team, 1)) < count;) quantize_row(rows, row, from + row * rows->inputs);
+    meet(team);
+}
+
+/* x / sqrt(mean(x^2) + epsilon) * weight (Zhang and Sennrich 2019). */
+INLINE void rms_norm(const float *x, const float *weight, int64_t dim, float epsilon, float *to) {
+    floats squares = load(x) * load(x);
+    for (int64_t c = LANES; c < dim; c += LANES) squares += load(x + c) * load(x + c);
+    const float inverse = 1.0f / sqrtf(sum_of(squares) / dim + epsilon);
+    for (int64_t c = 0; c < dim; c += LANES) store(to + c, load(x + c) * inverse * load(weight + c));
+}
+
+/* One stage: normalise and quantise `count` rows. `wide`: a row's worth of floats of this thread. */
+static void norm_narrow(Team *team, const Rows *rows, int64_t count, const float *from, const float *weight,
+                        float epsilon, float *wide) {
+    for (int64_t row; (row = take(team, 1)) < count;) {
+        rms_norm(from + row * rows->inputs, weight, rows->inputs, epsilon, wide);
+        quantize_row(rows, row, wide);
+    }
+    meet(team);
+}
+
+/* A head's vector turned by its position (Su et al. 2021, halves as in Llama). cos, sin: [rotary_dim]. */
+INLINE void rotate(float *x, const float *cos, const float *sin, int64_t rotary_dim) {
+    const int64_t half_dim = rotary_dim / 2;
+    for (int64_t c = 0; c < half_dim; c += LANES) {
+        floats low = load(x + c), high = load(x + half_dim + c);
+        store(x + c, low * load(cos + c) - high * load(sin + c));
+        store(x + half_dim + c, high * load(cos + half_dim + c) + low * load(sin + half_dim + c));
+    }
+}
+
+INLINE void keep(const Attention *a, const void *pool, int64_t slot, int64_t kv_head, int64_t dim, const float *from) {
+    const int64_t at = (slot * a->kv_heads + kv_head) * dim;
+    for (int64_t c = 0; c < dim; c += LANES)
+        if (a->is_half) to_half((half *)pool + at + c, load(from + c));
+        else store((float *)pool + at + c, load(from + c));
+}
+
+/* One stage: normalise and rotate the heads of each row, K and V to their slots, Q to `query`. */
+static void place_heads(Team *team, const Trunk *trunk, const Layer *layer, const Step *step, float *qkv, float *query) {
+    const int64_t rotary_dim = trunk->rotary_dim;
+    const Attention *a = &layer->attention;
+    const int64_t dim = a->k_dim, heads = a->heads + 2 * a->kv_heads;
+    for (int64_t row; (row = take(team, 1)) < step->rows;)
+        for (int64_t head = 0; head < heads; head++) {
+            float *x = qkv + (row * heads + head) * dim;
+            const int is_query = head < a->heads, is_key = !is_query && head < a->heads + a->kv_heads;
+            const float *norm = is_query ? layer->q_norm : is_key ? layer->k_norm : 0;
+            const int64_t at = step->positions[row];
+            if (norm) rms_norm(x, norm, dim, layer->epsilon, x);
+            if ((is_query || is_key) && layer->is_rotary)
+                rotate(x, trunk->cos + at * rotary_dim, trunk->sin + at * rotary_dim, rotary_dim);
+            if (is_query) memcpy(query + (row * a->heads + head) * dim, x, dim * sizeof(float));
+            else if (is_key) keep(a, a->keys, step->slots[row], head - a->heads, dim, x);
+            else keep(a, a->values, step->slots[row], head - a->heads - a->kv_heads, dim, x);
+        }
+    meet(team);
+}
+
+static Rows as_wide(const Rows *rows, int64_t inputs) {
+    Rows result = *rows;
+    result.inputs = inputs;
+    return result;
+}
+
+static void run_layer(Team *team, Scratch *scratch, float *wide, const Trunk *trunk, const Layer *layer,
+                      const Step *step, const Buffers *b) {
+    const Rows hidden = as_wide(&b->narrow, layer->qkv.inputs), attended = as_wide(&b->narrow, layer->out.inputs);
+    const Rows inner = as_wide(&b->narrow, layer->down.inputs);
+    norm_narrow(team, &hidden, step->rows, b->hidden, layer->input_norm, layer->epsilon, wide);
+    multiply(team, &layer->qkv, &hidden, step->rows, SET, b->qkv);
+    place_heads(team, trunk, layer, step, b->qkv, b->query);
+    attend(team, scratch, &layer->attention, step, b->query, b->attended);
+    narrow(team, &attended, step->rows, b->attended);
+    multiply(team, &layer->out, &attended, step->rows, ADD, b->hidden);
+    norm_narrow(team, &hidden, step->rows, b->hidden, layer->post_norm, layer->epsilon, wide);
+    multiply(team, &layer->gate_up, &hidden, step->rows, SWIGLU, b->inner);
+    narrow(team, &inner, step->rows, b->inner);
+    multiply(team, &layer->down, &inner, step->rows, ADD, b->hidden);
+}
+
+static void assemble(Team *team) {
+#pragma omp single
+    team->size = omp_get_num_threads(); /* may be fewer than were asked for */
+}
+
+/* One step of the model: tokens [rows] in; of the `count` rows named, kept [count][hidden], which is what enters the
+ * output embedding, and logits [count][outputs of the head]. */
+void medusa_forward(int threads, const Trunk *trunk, const Step *step, const Buffers *b, const int64_t *tokens,
+                    const int64_t *rows, int64_t count, float *kept, float *logits) {
+    const int64_t size = trunk->head.inputs;
+    const float epsilon = trunk->layers->epsilon;
+    const Rows last = as_wide(&b->narrow, size);
+    Team team = {0};
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch scratch;
+        float wide[size];
+        assemble(&team);
+        for (int64_t row; (row = take(&team, 1)) < step->rows;)
+            memcpy(b->hidden + row * size, trunk->embedding + tokens[row] * size, size * sizeof(float));
+        meet(&team);
+        for (int64_t i = 0; i < trunk->num_layers; i++)
+            run_layer(&team, &scratch, wide, trunk, trunk->layers + i, step, b);
+        for (int64_t i; (i = take(&team, 1)) < count;) {
+            rms_norm(b->hidden + rows[i] * size, trunk->norm, size, epsilon, kept + i * size);
+            quantize_row(&last, i, kept + i * size);
+        }
+        meet(&team);
+        multiply(&team, &trunk->head, &last, count, SET, logits);
+    }
+}
+
+/* out [count][outputs] = x [count][inputs] times the weights. */
+void medusa_linear(int threads, const Linear *linear, int64_t count, const float *x, const Rows *rows, float *out) {
+    Team team = {0};
+#pragma omp parallel num_threads(threads)
+    {
+        assemble(&team);
+        narrow(&team, rows, count, x);
+        multiply(&team, linear, rows, count, SET, out);
+    }
+}
+
+/* out [rows][heads][v_dim]; K and V of the rows are in their slots. query: [rows][heads][k_dim]. */
+void medusa_attention(int threads, const Attention *attention, const Step *step, const float *query, float *out) {
+    Team team = {0};
+#pragma omp parallel num_threads(threads)
+    {
+        assemble(&team);
+        Scratch scratch;
+        attend(&team, &scratch, attention, step, query, out);
+    }
+}

@@ -1,0 +1,216 @@
+"""The C kernels as Python sees them: structures of pointers, and the tensors that they point into.
+
+Invariants:
+- every struct lives beside the tensors it points to, so no pointer outlives its memory;
+- all calls use torch's number of threads and the OpenMP runtime that torch has loaded: there is one thread pool.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from models.batch import Batch
+from models.kernels import reference
+from models.kernels.build import library
+
+BLOCK = 16  # outputs whose weights lie side by side
+LANES = 16  # head sizes are multiples of it
+MAX_DIM = 256
+
+
+class LinearStruct(Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        ("bias", c_void_p),
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+    )
+
+
+class RowsStruct(Structure):
+    _fields_ = (("value", c_void_p), ("scale", c_void_p), ("offset", c_void_p), ("inputs", c_int64))
+
+
+class StepStruct(Structure):
+    _fields_ = (
+        ("segments", c_void_p),
+        ("num_segments", c_int64),
+        ("table", c_void_p),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("parents", c_void_p),
+        ("rows", c_int64),
+    )
+
+
+class AttentionStruct(Structure):
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("is_half", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("k_dim", c_int64),
+        ("v_dim", c_int64),
+        ("window", c_int64),
+        ("scaling", c_float),
+    )
+
+
+class LayerStruct(Structure):
+    _fields_ = (
+        ("qkv", LinearStruct),
+        ("out", LinearStruct),
+        ("gate_up", LinearStruct),
+        ("down", LinearStruct),
+        ("input_norm", c_void_p),
+        ("post_norm", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("epsilon", c_float),
+        ("is_rotary", c_int32),
+        ("attention", AttentionStruct),
+    )
+
+
+class TrunkStruct(Structure):
+    _fields_ = (
+        ("layers", POINTER(LayerStruct)),
+        ("num_layers", c_int64),
+        ("embedding", c_void_p),
+        ("norm", c_void_p),
+        ("head", LinearStruct),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("rotary_dim", c_int64),
+    )
+
+
+class BuffersStruct(Structure):
+    _fields_ = (
+        ("hidden", c_void_p),
+        ("qkv", c_void_p),
+        ("query", c_void_p),
+        ("attended", c_void_p),
+        ("inner", c_void_p),
+        ("narrow", RowsStruct),
+    )
+
+
+@lru_cache(maxsize=1)
+def kernels() -> ctypes.CDLL:
+    """The library, built at the first call. Raises KernelError."""
+    return ctypes.CDLL(str(library()))
+
+
+_spent = 0.0
+
+
+def take_seconds() -> float:
+    """Seconds spent in kernels since this was last asked."""
+    global _spent
+    seconds, _spent = _spent, 0.0
+    return seconds
+
+
+def call(name: str, *arguments: object) -> None:
+    """Run one kernel with torch's number of threads, and keep the time."""
+    global _spent
+    started = time.perf_counter()
+    getattr(kernels(), name)(c_int(torch.get_num_threads()), *arguments)
+    _spent += time.perf_counter() - started
+
+
+def address(tensor: Tensor | None) -> c_void_p:
+    return c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+class PackedLinear:
+    """A linear layer's weights in the kernels' order, padded to whole blocks and groups."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """weight: [outputs, inputs]; bias: [outputs]."""
+        self.outputs, self.inputs = weight.shape
+        values, scales = reference.quantize_weight(weight)
+        missing = -self.outputs % BLOCK
+        values, scales = pad(values, (0, 0, 0, 0, 0, missing)), pad(scales, (0, 0, 0, missing))
+        blocks, groups = len(values) // BLOCK, values.shape[1]
+        stored = (values.to(torch.int16) + 128).to(torch.uint8).view(blocks, BLOCK, groups, 8, 4)
+        self._weight = stored.permute(0, 2, 3, 1, 4).contiguous()  # [blocks, groups, 8, BLOCK, 4]
+        self._scale = scales.view(blocks, BLOCK, groups).transpose(1, 2).contiguous()  # [blocks, groups, BLOCK]
+        self._bias = None if bias is None else pad(bias.detach().float(), (0, missing))
+        self.struct = LinearStruct(
+            address(self._weight), address(self._scale), address(self._bias), blocks * BLOCK, groups * reference.GROUP
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [rows, inputs] float32 -> [rows, outputs] float32."""
+        struct, count = self.struct, len(x)
+        x = pad(x, (0, struct.inputs - self.inputs)) if struct.inputs > self.inputs else x.contiguous()
+        out = torch.empty(count, struct.outputs)
+        rows = Rows(count, struct.inputs)
+        call("medusa_linear", ctypes.byref(struct), c_int64(count), address(x), ctypes.byref(rows.struct), address(out))
+        return out[:, : self.outputs]
+
+
+class Rows:
+    """Room for quantised rows."""
+
+    def __init__(self, count: int, inputs: int) -> None:
+        groups = inputs // reference.GROUP
+        self._tensors = (
+            torch.empty(count, inputs, dtype=torch.int8),
+            torch.empty(count, groups),
+            torch.empty(count, groups, dtype=torch.int32),
+        )
+        self.struct = RowsStruct(*map(address, self._tensors), inputs)
+
+
+def attention_struct(keys: Tensor, values: Tensor, heads: int, scaling: float, window: int | None) -> AttentionStruct:
+    """keys, values: one layer's pool, [slots, kv_heads, dim] of float32 or float16."""
+    _, kv_heads, k_dim = keys.shape
+    v_dim = values.shape[2]
+    is_half = keys.dtype == torch.float16
+    return AttentionStruct(
+        address(keys), address(values), is_half, heads, kv_heads, k_dim, v_dim, window or 0, scaling
+    )
+
+
+def can_attend(keys: Tensor, values: Tensor, num_heads: int) -> bool:
+    """Whether the kernel knows such heads: [slots, kv_heads, dim] both."""
+    dims = keys.shape[2], values.shape[2]
+    return (
+        keys.dtype in (torch.float32, torch.float16)
+        and all(dim % LANES == 0 and dim <= MAX_DIM for dim in dims)
+        and num_heads // keys.shape[1] <= 64
+    )
+
+
+def step_struct(batch: Batch) -> StepStruct:
+    layout = batch.layout
+    return StepStruct(
+        address(layout.segments),
+        len(layout.segments),
+        address(layout.table),
+        address(batch.positions),
+        address(batch.slots),
+        address(layout.parents),
+        len(batch.slots),
+    )
+
+
+def attention(query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scaling: float, window: int | None) -> Tensor:
+    """query: [rows, heads, k_dim] float32; keys, values: [slots, kv_heads, dim]. Returns [rows, heads, v_dim] float32."""
+    query = query.contiguous()
+    out = query.new_empty(*query.shape[:2], values.shape[2])
+    struct, step = attention_struct(keys, values, query.shape[1], scaling, window), step_struct(batch)
+    call("medusa_attention", ctypes.byref(struct), ctypes.byref(step), address(query), address(out))
+    return out

@@ -1,0 +1,142 @@
+/* Linear layers of int8 weights with a scale per output and 32 inputs, on rows quantised the same way. Sums are exact
+ * integers within a group of 32 inputs, and floats over the groups, in order.
+ *
+ * Invariant: a row's outputs come from the same operations in the same order whatever rows are beside it. How many rows
+ * share one pass over the weights depends on the others, and changes no operation.
+ */
+#ifndef MEDUSA_LINEAR_H
+#define MEDUSA_LINEAR_H
+
+#include "team.h"
+#include "vec.h"
+
+#define GROUP 32
+#define BLOCK 16 /* outputs whose weights lie side by side */
+#define PARTS (BLOCK / LANES)
+#define PREFETCH 4096 /* bytes ahead in the weights */
+#if defined(__AVX2__)
+#define TILE 8 /* rows that share a pass over the weights, as many as the registers hold */
+#else
+#define TILE 4
+#endif
+
+typedef struct {
+    const uint8_t *weight;   /* [outputs / 16][inputs / 32][8][16][4]: the value + 128 */
+    const uint16_t *scale;   /* [outputs / 16][inputs / 32][16] bfloat16 */
+    const float *bias;       /* [outputs] or null */
+    int64_t outputs, inputs; /* multiples of 16 and of 32 */
+} Linear;
+
+/* Quantised rows. */
+typedef struct {
+    int8_t *value;     /* [rows][inputs] */
+    float *scale;    /* [rows][inputs / 32] */
+    int32_t *offset; /* [rows][inputs / 32]: -128 times the sum of the values, since weights are stored with + 128 */
+    int64_t inputs;
+} Rows;
+
+INLINE void quantize_row(const Rows *rows, int64_t row, const float *from) {
+    enum { COUNT = GROUP / LANES };
+    typedef int8_t bytes __attribute__((vector_size(LANES)));
+    const int64_t groups = rows->inputs / GROUP;
+    for (int64_t g = 0; g < groups; g++) {
+        floats v[COUNT], most = splat(0.0f);
+        for (int i = 0; i < COUNT; i++) {
+            v[i] = load(from + g * GROUP + i * LANES);
+            most = larger(magnitude(v[i]), most);
+        }
+        const float largest = max_of(most), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        int8_t *to = rows->value + row * rows->inputs + g * GROUP;
+        ints sums = {0};
+        for (int i = 0; i < COUNT; i++) {
+            ints q = __builtin_convertvector((v[i] * inverse + 12582912.0f) - 12582912.0f, ints);
+            bytes narrow = __builtin_convertvector(q, bytes);
+            memcpy(to + i * LANES, &narrow, sizeof narrow);
+            sums += q;
+        }
+        int32_t sum = 0;
+        for (int i = 0; i < LANES; i++) sum += sums[i];
+        rows->scale[row * groups + g] = largest / 127.0f;
+        rows->offset[row * groups + g] = -128 * sum;
+    }
+}
+
+/* dot[r]: what 16 outputs sum up over one group of `count` rows, `stride` values apart (their offsets `offsets` apart). */
+INLINE void dot_group(const uint8_t *w, const int8_t *x, int64_t stride, const int32_t *offset, int64_t offsets,
+                      const int count, ints dot[][PARTS]) {
+#if defined(__AVX512VNNI__)
+    for (int r = 0; r < count; r++) dot[r][0] = (ints)_mm512_set1_epi32(offset[r * offsets]);
+    for (int j = 0; j < 8; j++) {
+        __m512i weights = _mm512_loadu_si512(w + 64 * j);
+        for (int r = 0; r < count; r++) {
+            int32_t four;
+            memcpy(&four, x + r * stride + 4 * j, sizeof four);
+            dot[r][0] = (ints)_mm512_dpbusd_epi32((__m512i)dot[r][0], weights, _mm512_set1_epi32(four));
+        }
+    }
+#elif defined(__AVX2__)
+    (void)offset, (void)offsets; /* the weights are made signed here */
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int r = 0; r < count; r++) dot[r][0] = dot[r][1] = (ints){0};
+    for (int part = 0; part < 2; part++)
+        for (int j = 0; j < 8; j++) {
+            __m256i stored = _mm256_loadu_si256((const __m256i *)(w + 64 * j + 32 * part));
+            __m256i weights = _mm256_xor_si256(stored, _mm256_set1_epi8(-128)), size = _mm256_abs_epi8(weights);
+            for (int r = 0; r < count; r++) {
+                int32_t four;
+                memcpy(&four, x + r * stride + 4 * j, sizeof four);
+                __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_set1_epi32(four), weights));
+                dot[r][part] += (ints)_mm256_madd_epi16(pairs, ones);
+            }
+        }
+#elif defined(__ARM_FEATURE_DOTPROD)
+    (void)offset, (void)offsets; /* the weights are made signed here */
+    for (int r = 0; r < count; r++)
+        for (int part = 0; part < PARTS; part++) dot[r][part] = (ints){0};
+    for (int j = 0; j < 8; j++)
+        for (int part = 0; part < PARTS; part++) {
+            int8x16_t weights = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w + 64 * j + 16 * part), vdupq_n_u8(128)));
+            for (int r = 0; r < count; r++) {
+                int32_t four;
+                memcpy(&four, x + r * stride + 4 * j, sizeof four);
+                dot[r][part] = (ints)vdotq_s32((int32x4_t)dot[r][part], weights, vreinterpretq_s8_s32(vdupq_n_s32(four)));
+            }
+        }
+#else
+    for (int r = 0; r < count; r++)
+        for (int output = 0; output < BLOCK; output++) {
+            int32_t sum = offset[r * offsets];
+            for (int j = 0; j < 8; j++)
+                for (int i = 0; i < 4; i++) sum += w[64 * j + 4 * output + i] * x[r * stride + 4 * j + i];
+            dot[r][output / LANES][output % LANES] = sum;
+        }
+#endif
+}
+
+/* out[r]: the outputs of one block for `count` rows from `row` on, bias included. `count` is constant at each call. */
+INLINE void block_outputs(const Linear *linear, int64_t block, const Rows *rows, int64_t row, const int count,
+                          floats out[][PARTS]) {
+    const int64_t groups = linear->inputs / GROUP;
+    const uint8_t *weight = linear->weight + block * groups * GROUP * BLOCK;
+    const uint16_t *scale = linear->scale + block * groups * BLOCK;
+    const int8_t *x = rows->value + row * rows->inputs;
+    const float *row_scale = rows->scale + row * groups;
+    const int32_t *offset = rows->offset + row * groups;
+    for (int r = 0; r < count; r++)
+        for (int part = 0; part < PARTS; part++)
+            out[r][part] = linear->bias ? load(linear->bias + block * BLOCK + part * LANES) : splat(0.0f);
+    for (int64_t g = 0; g < groups; g++) {
+        ints dot[TILE][PARTS];
+        for (int i = 0; i < 8; i++) __builtin_prefetch(weight + PREFETCH + 64 * i);
+        dot_group(weight, x + g * GROUP, rows->inputs, offset + g, groups, count, dot);
+        for (int part = 0; part < PARTS; part++) {
+            floats scales = from_bf16(scale + part * LANES);
+            for (int r = 0; r < count; r++)
+                out[r][part] += __builtin_convertvector(dot[r][part], floats) * (scales * row_scale[r * groups + g]);
+        }
+        weight += GROUP * BLOCK;
+        scale += BLOCK;
+    }
+}
+
+#endif
