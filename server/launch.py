@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -106,6 +107,8 @@ async def _start(engine: EngineClient, metrics: Metrics, model_name: str, folder
         finally:
             starting.cancel()
             await asyncio.wait([starting])
+    gc.collect()
+    gc.freeze()  # what is loaded stays, and need not be looked at again while others wait
     info = engine.info
     _tell("engine", f"{info.device} {info.dtype}, {info.num_heads} heads, context {info.max_model_len} tokens")
     _tell("KV cache", f"{info.kv_cache_tokens} tokens")

@@ -9,6 +9,7 @@ Series of engine steps come from `on_step`, series of requests from `RequestTime
 
 from __future__ import annotations
 
+from functools import cache
 from time import perf_counter
 from typing import Final
 
@@ -18,7 +19,9 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from server.engine.messages import FinishReason, RequestStats, StepStats
+from server.histogram import RepeatedHistogram
 
+ENGINE_PARTS: Final = ("kernels", "model", "engine", "messages")
 FINISH_REASONS: Final[tuple[FinishReason, ...]] = ("stop", "length", "abort", "error")
 TTFT: Final = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -75,18 +78,27 @@ class Metrics:
         )
         self.step_seconds = self._histogram("step_seconds", "Seconds per engine step.", STEP)
         self.step_rows = self._histogram("step_rows", "Rows (token positions) per forward pass.", STEP_ROWS)
+        seconds = Counter(
+            "medusa_engine_seconds",
+            "Seconds of the engine at work: in kernels, elsewhere in the model's code (all of it if nobody counts "
+            "kernels), in the engine's own (scheduling, updating), in messages to and from the API process.",
+            ["model_name", "part"],
+            registry=self.registry,
+        )
+        self.engine_seconds = [seconds.labels(self._model_name, part) for part in ENGINE_PARTS]
         self.engine_restarts = self._counter("engine_restarts", "Times the engine process died and was started again.")
 
     def _declare_speculation(self) -> None:
         self.drafts = self._counter("spec_decode_num_drafts", "Trees verified: one per request and step.")
         self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tree nodes verified.")
         self.accepted_tokens = self._counter("spec_decode_num_accepted_tokens", "Nodes accepted; no bonus tokens.")
-        self.accepted_per_depth = Counter(
+        accepted_per_depth = Counter(
             "medusa_spec_decode_num_accepted_tokens_per_pos",
             "Nodes accepted, by depth in the tree; position 0 is the first head.",
             ["model_name", "position"],
             registry=self.registry,
         )
+        self.accepted_at = cache(lambda depth: accepted_per_depth.labels(self._model_name, depth))
 
     def _declare_requests(self) -> None:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of choices whose first token came.")
@@ -100,9 +112,13 @@ class Metrics:
         for reason in FINISH_REASONS:
             self.finished.labels(self._model_name, reason)
         self.ttft = self._histogram("time_to_first_token_seconds", "Request received until first token.", TTFT)
-        self.token_gap = self._histogram(
-            "inter_token_latency_seconds", "Seconds between tokens; tokens of one step share the gap evenly.", GAP
+        self.token_gap = RepeatedHistogram(
+            "medusa_inter_token_latency_seconds",
+            "Seconds between tokens; tokens of one step share the gap evenly.",
+            {"model_name": self._model_name},
+            GAP,
         )
+        self.registry.register(self.token_gap)
         self.e2e = self._histogram("e2e_request_latency_seconds", "Request received until its end.", LATENCY)
         self.queue_time = self._histogram("request_queue_time_seconds", "Waiting for the first step.", LATENCY)
         self.prefill_time = self._histogram("request_prefill_time_seconds", "First step until first token.", LATENCY)
@@ -130,14 +146,19 @@ class Metrics:
         self.running.set(stats.num_running)
         self.waiting.set(stats.num_waiting)
         self.kv_cache_usage.set(stats.kv_cache_usage)
-        self.preemptions.inc(stats.num_preemptions)
-        self.prefix_queries.inc(stats.prefix_cache_queries)
-        self.prefix_hits.inc(stats.prefix_cache_hits)
-        self.drafts.inc(stats.num_drafts)
-        self.draft_tokens.inc(stats.num_draft_tokens)
-        self.accepted_tokens.inc(stats.num_accepted_tokens)
+        for counter, amount in (
+            (self.preemptions, stats.num_preemptions),
+            (self.prefix_queries, stats.prefix_cache_queries),
+            (self.prefix_hits, stats.prefix_cache_hits),
+            (self.drafts, stats.num_drafts),
+            (self.draft_tokens, stats.num_draft_tokens),
+            (self.accepted_tokens, stats.num_accepted_tokens),
+            *zip(self.engine_seconds, _seconds_by_part(stats), strict=True),
+        ):
+            if amount > 0:  # two clocks may disagree by a tick
+                counter.inc(amount)
         for depth, accepted in enumerate(stats.accepted_per_depth):
-            self.accepted_per_depth.labels(self._model_name, depth).inc(accepted)
+            self.accepted_at(depth).inc(accepted)
         if stats.num_rows:
             roots = stats.num_rows - stats.num_prompt_rows - stats.num_draft_tokens
             self.iteration_tokens.observe(stats.num_prompt_rows + roots + stats.num_accepted_tokens)
@@ -164,6 +185,16 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+def _seconds_by_part(stats: StepStats) -> tuple[float, float, float, float]:
+    """In the order of ENGINE_PARTS; together the time that the engine was at work."""
+    return (
+        stats.kernel_seconds,
+        stats.model_seconds - stats.kernel_seconds,
+        stats.step_seconds - stats.model_seconds,
+        stats.message_seconds,
+    )
+
+
 class RequestTimer:
     """Times and counts of one choice, from `arrival` (of `perf_counter`) to `end`, which is called exactly once."""
 
@@ -184,8 +215,7 @@ class RequestTimer:
             self._metrics.ttft.observe(now - self._arrival)
             self._metrics.prompt_tokens.inc(self._num_prompt_tokens)
         else:
-            for _ in range(count):
-                self._metrics.token_gap.observe((now - self._latest) / count)
+            self._metrics.token_gap.observe((now - self._latest) / count, count)
         self._latest = now
         self._num_tokens += count
         self._metrics.generation_tokens.inc(count)

@@ -2,8 +2,9 @@
 
 Invariants:
 - a `generate` ends with a terminal delta or with EngineDeadError; leaving it earlier sends `Abort`;
-- only the event loop's thread touches requests and status; a reader thread per process hands every message over with
-  one `call_soon_threadsafe`, and the end of its pipe, which is the death of the process, as its last;
+- only the event loop's thread touches requests, status and pipes, and a step wakes it once; it reads a message when its
+  beginning has come, and waits for the rest of a large one no longer than the engine takes to write it;
+- the end of the engine's pipe is the death of its process;
 - the parent keeps no end of a pipe that is the child's, so that death is end-of-file on both sides;
 - the child is spawned with SIGINT blocked: Ctrl-C is the parent's.
 """
@@ -15,12 +16,12 @@ import contextlib
 import logging
 import multiprocessing
 import signal
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Literal
 
+from server.engine.mailbox import Mailbox
 from server.engine.messages import (
     Abort,
     Delta,
@@ -81,7 +82,7 @@ class EngineClient:
         self._on_restart = on_restart
         self._on_dead = on_dead
         self._target = target
-        self._requests: dict[str, asyncio.Queue[Delta | EngineDeadError]] = {}
+        self._requests: dict[str, Mailbox] = {}
         self._process: _EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -120,18 +121,16 @@ class EngineClient:
         if self.status != "ready" or process is None:
             raise EngineDeadError(f"The engine is {self.status}: try again later.")
         assert submit.request_id not in self._requests, f"two open requests are called {submit.request_id}"
-        queue = self._requests[submit.request_id] = asyncio.Queue()
+        mailbox = self._requests[submit.request_id] = Mailbox()
         process.send(submit)
         try:
             finished = False
             while not finished:
-                news = await queue.get()
-                if isinstance(news, EngineDeadError):
-                    raise news
-                yield news
-                finished = news.finish is not None
+                delta = await mailbox.get()
+                yield delta
+                finished = delta.finish is not None
         finally:
-            if self._requests.get(submit.request_id) is queue:
+            if self._requests.get(submit.request_id) is mailbox:
                 del self._requests[submit.request_id]
                 process.send(Abort(submit.request_id))
 
@@ -173,15 +172,15 @@ class EngineClient:
 
     def _hear(self, output: StepOutput) -> None:
         for delta in output.deltas:
-            if (queue := self._requests.get(delta.request_id)) is not None:
-                queue.put_nowait(delta)
+            if (mailbox := self._requests.get(delta.request_id)) is not None:
+                mailbox.put(delta)
                 if delta.finish is not None:
                     del self._requests[delta.request_id]
         self._on_step(output.stats)
 
     def _fail_requests(self, message: str) -> None:
-        for queue in self._requests.values():
-            queue.put_nowait(EngineDeadError(message))
+        for mailbox in self._requests.values():
+            mailbox.fail(EngineDeadError(message))
         self._requests.clear()
 
 
@@ -203,10 +202,11 @@ class _EngineProcess:
             self._process.start()
         child_inbox.close()
         child_outbox.close()
-        threading.Thread(target=self._read, args=(outbox,), name="medusa-engine-reader", daemon=True).start()
+        self._outbox = outbox
+        self._loop.add_reader(outbox.fileno(), self._read)
 
     def send(self, message: ToEngine) -> None:
-        """A dead process hears nothing; the reader thread reports it."""
+        """A dead process hears nothing; the end of its own pipe reports it."""
         with contextlib.suppress(OSError):
             self._inbox.send(message)
 
@@ -220,11 +220,16 @@ class _EngineProcess:
         self._inbox.close()
         return self._process.exitcode
 
-    def _read(self, outbox: Connection) -> None:
-        with outbox, contextlib.suppress(EOFError, OSError):
-            while True:
-                self._loop.call_soon_threadsafe(self._receive, outbox.recv())
-        self._loop.call_soon_threadsafe(self._end)
+    def _read(self) -> None:
+        """One message, or the end. With more to come the loop calls again, after whoever is due."""
+        try:
+            message = self._outbox.recv()
+        except (EOFError, OSError):
+            self._loop.remove_reader(self._outbox.fileno())
+            self._outbox.close()
+            self._end()
+        else:
+            self._receive(message)
 
     def _receive(self, message: FromEngine) -> None:
         match message:

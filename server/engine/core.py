@@ -2,7 +2,8 @@
 
 Invariants:
 - every submitted request gets exactly one terminal delta, from `step`, `abort` or `shutdown`;
-- between steps, `scheduler.check()` holds.
+- between steps, `scheduler.check()` holds;
+- while there is work, every second of the process is in exactly one step's `step_seconds` or `message_seconds`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import monotonic
-from typing import Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 from server.engine.controller import Controller
 from server.engine.messages import (
@@ -26,6 +27,8 @@ from server.engine.messages import (
 from server.engine.request import Outcome, Request, Work
 from server.engine.scheduler import Scheduler
 
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 TreeShape = tuple[tuple[int, ...], tuple[int, ...]]  # tokens, parents
 
 
@@ -42,6 +45,9 @@ class ModelRunner(Protocol):
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:
         """One forward pass and its verification, in order."""
+
+    def kernel_seconds(self) -> float:
+        """Seconds spent in kernels since this was last asked; 0.0 if nobody counts them."""
 
     def forget(self, request: Request) -> None:
         """Drop all state of a request that ended or was preempted."""
@@ -61,6 +67,9 @@ class Engine:
         self._controller = Controller(config.num_nodes)
         self._max_rows = config.max_num_batched_rows
         self._clock = clock
+        self._model_seconds = 0.0  # of this step
+        runner.kernel_seconds()  # those of loading belong to no step
+        self._left_at: float | None = None  # end of the last step, if it left work
         self._requests: dict[str, Request] = {}
         self._num_arrived = 0
         self._eos = frozenset(runner.info.eos_token_ids)
@@ -88,22 +97,39 @@ class Engine:
     def shutdown(self) -> StepOutput:
         """Abort everything."""
         deltas = [self.abort(request_id) for request_id in list(self._requests)]
-        return StepOutput(tuple(delta for delta in deltas if delta is not None), self._gauges())
+        return StepOutput(tuple(delta for delta in deltas if delta is not None), StepStats())
 
     def step(self) -> StepOutput:
         """One forward pass for whoever is due, and all that follows from it."""
         started = self._clock()
+        message_seconds = 0.0 if self._left_at is None else started - self._left_at
         works, preempted = self.scheduler.schedule(self._rows_for_trees())
         for request in preempted:
             self._forget_progress(request)
         for work in works:
             if work.request.first_scheduled_time is None:
                 work.request.first_scheduled_time = started
+        self._model_seconds = 0.0
         self._grow_trees(works)
-        outcomes = self.runner.run(works) if works else []
+        outcomes = self._timed(self.runner.run, works) if works else []
         deltas = [self._update(work, outcome) for work, outcome in zip(works, outcomes, strict=True)]
-        stats = self._stats(works, self._clock() - started)
-        return StepOutput(tuple(delta for delta in deltas if delta is not None), stats)
+        now = self._clock()
+        self._left_at = now if self.has_work else None
+        stats = self._stats(
+            works,
+            step_seconds=now - started,
+            model_seconds=self._model_seconds,
+            kernel_seconds=self.runner.kernel_seconds(),
+            message_seconds=message_seconds,
+        )
+        return StepOutput(tuple([delta for delta in deltas if delta is not None]), stats)
+
+    def _timed(self, call: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Result:
+        """Call the runner, and count the seconds."""
+        started = self._clock()
+        result = call(*args, **kwargs)
+        self._model_seconds += self._clock() - started
+        return result
 
     def _refusal(self, submit: Submit) -> str | None:
         """Why this request can never run; the API process has said so before, in OpenAI's words."""
@@ -122,6 +148,8 @@ class Engine:
 
     def _rows_for_trees(self) -> int:
         """Rows that prompts must not take from the trees of those who decode: at most half of a step."""
+        if not self.scheduler.has_prompts:
+            return 0
         drafting = [request for request in self.scheduler.running if self.runner.can_draft(request)]
         return sum(self._controller.allot(drafting, self._max_rows // 2))
 
@@ -129,9 +157,9 @@ class Engine:
         """Draft for decoding requests and hang the trees below their roots."""
         drafting = [work for work in works if work.reaches_end and self.runner.can_draft(work.request)]
         requests = [work.request for work in drafting]
-        num_nodes = self._controller.allot(requests, self.scheduler.rows_left(works))
+        num_nodes = self._controller.allot(requests, self.scheduler.rows_left)
         chosen = [i for i, nodes in enumerate(num_nodes) if nodes > 0]
-        trees = self.runner.draft([requests[i] for i in chosen], [num_nodes[i] for i in chosen])
+        trees = self._timed(self.runner.draft, [requests[i] for i in chosen], [num_nodes[i] for i in chosen])
         for i, (tokens, parents) in zip(chosen, trees, strict=True):
             self.scheduler.place(drafting[i], tokens, parents)
 
@@ -186,24 +214,22 @@ class Engine:
         self.runner.forget(request)
         return replace(delta, finish=finish, stats=request.stats(self._clock()))
 
-    def _gauges(self) -> StepStats:
+    def _stats(self, works: Sequence[Work], **seconds: float) -> StepStats:
         scheduler = self.scheduler
-        used = 1 - scheduler.num_available / max(scheduler.slots.num_slots, 1)
-        return StepStats(num_running=len(scheduler.running), num_waiting=len(scheduler.waiting), kv_cache_usage=used)
-
-    def _stats(self, works: Sequence[Work], seconds: float) -> StepStats:
         drafts = [work for work in works if work.node_tokens]
         accepted = [work.num_accepted for work in drafts]
-        return replace(
-            self._gauges(),
-            num_rows=sum(work.num_chain + len(work.node_tokens) for work in works),
-            num_prompt_rows=sum(work.num_chain - work.reaches_end for work in works),
-            step_seconds=seconds,
-            num_preemptions=self.scheduler.num_preemptions,
+        return StepStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            kv_cache_usage=1 - scheduler.num_available / max(scheduler.slots.num_slots, 1),
+            num_rows=sum([work.num_chain + len(work.node_tokens) for work in works]),
+            num_prompt_rows=sum([work.num_chain - work.reaches_end for work in works]),
+            num_preemptions=scheduler.num_preemptions,
             num_drafts=len(drafts),
-            num_draft_tokens=sum(len(work.node_tokens) for work in drafts),
+            num_draft_tokens=sum([len(work.node_tokens) for work in drafts]),
             num_accepted_tokens=sum(accepted),
-            accepted_per_depth=tuple(sum(n > d for n in accepted) for d in range(max(accepted, default=0))),
-            prefix_cache_queries=self.scheduler.prefix_queries,
-            prefix_cache_hits=self.scheduler.prefix_hits,
+            accepted_per_depth=tuple([sum([n > d for n in accepted]) for d in range(max(accepted, default=0))]),
+            prefix_cache_queries=scheduler.prefix_queries,
+            prefix_cache_hits=scheduler.prefix_hits,
+            **seconds,
         )

@@ -36,6 +36,7 @@ class Scheduler:
         self._max_rows = max_num_batched_rows
         self._use_prefix_cache = use_prefix_cache
         self._preempted: list[Request] = []
+        self._num_rows = 0  # of this step, so far
         self._reserved = 0
 
     @property
@@ -58,6 +59,7 @@ class Scheduler:
         """
         works: list[Work] = []
         self._preempted = []
+        self._num_rows = 0
         self.prefix_queries = self.prefix_hits = 0
         self._reserved = reserve
         for request in sorted(self.running, key=lambda r: (r.submit.priority, r.num_remaining > 1, r.arrival)):
@@ -66,23 +68,29 @@ class Scheduler:
         self._admit(works)
         return works, self._preempted
 
-    def rows_left(self, works: Sequence[Work]) -> int:
+    @property
+    def has_prompts(self) -> bool:
+        """Is there anybody who does not decode yet?"""
+        return bool(self.waiting) or any(request.num_remaining > 1 for request in self.running)
+
+    @property
+    def rows_left(self) -> int:
         """Rows that the step still has, and slots to put them into."""
-        return min(self._max_rows - _num_rows(works), self.num_available)
+        return min(self._max_rows - self._num_rows, self.num_available)
 
     def place(self, work: Work, tokens: tuple[int, ...], parents: tuple[int, ...]) -> None:
         """Hang a tree below the chain of `work`."""
         work.node_tokens, work.node_parents = tokens, parents
         work.node_slots = self._take(len(tokens))
+        self._num_rows += len(tokens)
 
     def commit(self, work: Work, path: Sequence[int]) -> None:
         """Keep the chain and the accepted nodes, free the others. No K or V moves."""
         request = work.request
         was_prompt = request.num_computed < request.num_prompt
-        request.slots.extend(work.chain_slots)
-        request.slots.extend(work.node_slots[node] for node in path)
-        accepted = set(path)
-        self.slots.release(slot for node, slot in enumerate(work.node_slots) if node not in accepted)
+        kept = [work.node_slots[node] for node in path]
+        request.slots.extend(work.chain_slots + kept)
+        self.slots.release([slot for slot in work.node_slots if slot not in kept])
         if self._use_prefix_cache and was_prompt and request.num_computed >= request.num_prompt:
             self._share(request)
 
@@ -101,7 +109,7 @@ class Scheduler:
 
     def _extend(self, works: list[Work], request: Request) -> None:
         """Give a running request as many rows as are left for it."""
-        rows_left = self._max_rows - _num_rows(works)
+        rows_left = self._max_rows - self._num_rows
         wanted = 1 if request.num_remaining == 1 else min(request.num_remaining, rows_left - self._reserved)
         if wanted <= 0 or rows_left <= 0:
             return
@@ -114,6 +122,7 @@ class Scheduler:
                 return
         slots = self._take(min(wanted, self.num_available))
         works.append(Work(request, request.num_computed, slots))
+        self._num_rows += len(slots)
 
     def _victim(self, works: list[Work], request: Request) -> Request | None:
         """The last in order that is not part of the step, `request` itself at the earliest."""
@@ -125,7 +134,7 @@ class Scheduler:
         """Start waiting requests in order while seats, rows and slots last."""
         computing = {r.submit.prompt for r in self.running if r.num_prompt - r.num_computed > 1}
         for request in list(self.waiting):
-            is_full = _num_rows(works) + self._reserved >= self._max_rows
+            is_full = self._num_rows + self._reserved >= self._max_rows
             if len(self.running) >= self._max_num_seqs or is_full or self._preempted:
                 return
             if self._looks_up(request) and request.submit.prompt in computing:
@@ -196,7 +205,3 @@ class Scheduler:
         assert request.prefix_node is not None
         self.prefix.unlock(request.prefix_node)
         request.prefix_node, request.slots, request.num_shared = node, array("q", cached), len(cached)
-
-
-def _num_rows(works: Sequence[Work]) -> int:
-    return sum(work.num_chain + len(work.node_tokens) for work in works)

@@ -9,6 +9,7 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import queue
 import signal
@@ -53,7 +54,10 @@ def run_worker(config: EngineConfig, inbox: Connection, outbox: Connection) -> N
 def _load(config: EngineConfig) -> Engine:
     from server.engine.runner import Runner  # brings torch along
 
-    return Engine(config, Runner.load(config))
+    engine = Engine(config, Runner.load(config))
+    gc.collect()
+    gc.freeze()  # collecting what torch and transformers brought along would take as long as 30 steps
+    return engine
 
 
 def _read(inbox: Connection, messages: Inbox) -> None:

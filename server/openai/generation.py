@@ -33,7 +33,7 @@ class TextOptions:
     skip_special_tokens: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """News of one choice that can be shown."""
 
@@ -42,6 +42,11 @@ class Piece:
     tokens: tuple[Scored, ...] = ()
     finish: Literal["stop", "length"] | None = None
     stop_reason: str | int | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Is there nothing else to say?"""
+        return self.finish is None and not self.tokens
 
 
 class Choice:
@@ -162,7 +167,8 @@ class Generation:
 
     def pieces(self) -> AsyncGenerator[Piece, None]:
         """News of all choices as they come."""
-        return merge([choice.run() for choice in self.choices])
+        first, *others = self.choices
+        return merge([choice.run() for choice in self.choices]) if others else first.run()
 
     async def complete(self) -> list[Piece]:
         """Wait for the end; one piece for each choice."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import zip_longest
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from server.engine.messages import SpeculationStats
 from server.openai.generation import Choice, Generation, Piece
 from server.openai.schema import GenerationRequest, StreamOptions
-from server.openai.stream import EventStream, until_disconnect
+from server.openai.stream import EventStream, EventTemplate, event, until_disconnect
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody reads it but the metrics
 Json = dict[str, Any]
@@ -59,7 +60,7 @@ class Reply:
     async def respond(self, http: Request, request: GenerationRequest) -> Response:
         """The response to `request`, which came by `http`."""
         if request.stream:
-            return EventStream(self.chunks(request.stream_options or StreamOptions()))
+            return EventStream(self.events(request.stream_options or StreamOptions()))
         try:
             return JSONResponse(await until_disconnect(http.receive, self.whole()))
         except ClientDisconnect:
@@ -75,22 +76,33 @@ class Reply:
             "metrics": self._metrics(),
         }
 
-    async def chunks(self, options: StreamOptions) -> AsyncGenerator[Json, None]:
+    async def events(self, options: StreamOptions) -> AsyncGenerator[bytes, None]:
         """The chunks of a stream; the metrics are in the last one."""
         header = self._header(self.shape.chunk_object)
+
+        def chunk(choice: Json) -> Json:
+            return {**header, "choices": [choice], **self._usage_so_far(options)}
+
+        @cache
+        def template(index: int) -> EventTemplate:
+            return EventTemplate(lambda text: chunk(self.shape.chunk(Piece(index, text))))
+
         for choice in self.generation.choices:
             opening = self.shape.opening(choice.index)
             if opening is not None:
-                yield {**header, "choices": [opening], **self._usage_so_far(options)}
+                yield event(chunk(opening))
         num_open = len(self.generation.choices)
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
                 num_open -= piece.finish is not None
                 is_last = num_open == 0 and not options.include_usage
-                metrics = {"metrics": self._metrics()} if is_last else {}
-                yield {**header, "choices": [self.shape.chunk(piece)], **self._usage_so_far(options), **metrics}
+                if piece.is_text and not options.continuous_usage_stats:
+                    yield template(piece.index).fill(piece.text)
+                else:
+                    metrics = {"metrics": self._metrics()} if is_last else {}
+                    yield event({**chunk(self.shape.chunk(piece)), **metrics})
         if options.include_usage:
-            yield {**header, "choices": [], "usage": self._usage(), "metrics": self._metrics()}
+            yield event({**header, "choices": [], "usage": self._usage(), "metrics": self._metrics()})
 
     def _header(self, object: str) -> Json:
         return {

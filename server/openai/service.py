@@ -58,8 +58,8 @@ class Service:
             )
 
 
-def _service(request: Request) -> Service:
-    service = request.app.state.service
+async def _service(request: Request) -> Service:
+    service = request.app.state.service  # in a coroutine: FastAPI would run a function in another thread
     assert isinstance(service, Service)
     return service
 

@@ -2,14 +2,16 @@
 
 Invariants:
 - an event stream ends with `data: [DONE]`, also after an error, unless its reader has gone;
-- when the client goes away the work for it is cancelled at once, not when the next byte fails to be sent.
+- when the client goes away the work for it is cancelled at once, not when the next byte fails to be sent;
+- of the many chunks that differ by one text only, nothing but that text is encoded again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+import secrets
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -45,15 +47,15 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends each chunk as one event. Closes the generator when done, and when the client goes away."""
+    """Sends the events, then the end. Closes the generator when done, and when the client goes away."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[Mapping[str, Any], None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers(HEADERS)
-        self._chunks = chunks
+        self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -63,26 +65,36 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(events(self._chunks)) as encoded:
-            async for event in encoded:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+        try:
+            async with aclosing(self._events):
+                async for body in self._events:
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+        except MedusaError as error:
+            await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def events(chunks: AsyncGenerator[Mapping[str, Any], None]) -> AsyncGenerator[bytes, None]:
-    """The bytes of each chunk, of an error if there is one, and of the end."""
-    try:
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                yield _event(chunk)
-    except MedusaError as error:
-        yield _event(error.body())
-    yield b"data: [DONE]\n\n"
-
-
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}  # some clients split lines there
+_BLANK = secrets.token_hex()  # nobody can have written it
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-def _event(content: Mapping[str, Any]) -> bytes:
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    return b"data: " + text.translate(_LINE_ENDS).encode() + b"\n\n"
+def event(content: Mapping[str, Any]) -> bytes:
+    """One event of a stream."""
+    return b"data: " + _encode(content) + b"\n\n"
+
+
+class EventTemplate:
+    """`event(content(text))` for texts that appear in it once, as a value."""
+
+    def __init__(self, content: Callable[[str], Mapping[str, Any]]) -> None:
+        self._before, self._after = event(content(_BLANK)).split(_encode(_BLANK))
+
+    def fill(self, text: str) -> bytes:
+        return self._before + _encode(text) + self._after
+
+
+def _encode(value: Any) -> bytes:
+    text = _to_json(value)
+    return (text if text.isascii() else text.translate(_LINE_ENDS)).encode()

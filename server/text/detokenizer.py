@@ -45,7 +45,10 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Text that is safe to send now. Tokens after the one that completes a stop string are not consumed."""
-        return "".join(self._push_one(id) for id in token_ids)
+        if self._stop:
+            return "".join([self._push_one(id) for id in token_ids])
+        self.num_tokens += len(token_ids)
+        return self._utf8.decode(self._bytes(token_ids))
 
     def finish(self) -> str:
         """The rest of the text: nothing more can complete it."""
@@ -57,12 +60,13 @@ class Detokenizer:
         if self.stopped is not None:
             return ""
         self.num_tokens += 1
-        pieces = self._tokenizer.pieces([id], skip_special_tokens=self._skip_special_tokens, first=self._is_first)
-        text = ""
-        for piece in pieces:
-            self._is_first = False
-            text = self._release(self._utf8.decode(piece))
-        return text
+        return self._release(self._utf8.decode(self._bytes((id,))))
+
+    def _bytes(self, token_ids: Sequence[int]) -> bytes:
+        skip, first = self._skip_special_tokens, self._is_first
+        pieces = [*self._tokenizer.pieces(token_ids, skip_special_tokens=skip, first=first)]
+        self._is_first = first and not pieces
+        return b"".join(pieces)
 
     def _release(self, text: str) -> str:
         """Add `text` to what is held back; return what no stop string can reach any more."""

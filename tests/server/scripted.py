@@ -94,7 +94,7 @@ class ScriptedEngine:
     """Implements `service.Engine`. Remembers what was asked, and what was left before its end."""
 
     def __init__(self, script: Script | None = None, *, max_model_len: int = 64) -> None:
-        self.info = ModelInfo("tiny", VOCAB, max_model_len, (EOS,), 4, 1024, "cpu", "float32")
+        self.info = ModelInfo("tiny", VOCAB, max_model_len, (EOS,), 4, 1024, "cpu", "float32", "none")
         self.status = "ready"
         self.script: Script = script or (lambda submit: say(submit, "Hello"))
         self.submits: list[Submit] = []

@@ -22,7 +22,7 @@ from server.engine.messages import (
 
 
 def echo(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
-    outbox.send(Ready(ModelInfo(config.model, 256, 100, (0,), 0, 1000, "cpu", "float32")))
+    outbox.send(Ready(ModelInfo(config.model, 256, 100, (0,), 0, 1000, "cpu", "float32", "none")))
     while not isinstance(message := inbox.recv(), Shutdown):
         if isinstance(message, Submit):
             size = len(message.prompt)

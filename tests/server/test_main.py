@@ -149,14 +149,17 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == USAGE
 
 
-@pytest.mark.parametrize(("command", "module"), [("train", "heads"), ("evaluate", "evaluate")])
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [("train heads", "heads"), ("evaluate heads", "evaluate"), ("evaluate perplexity", "perplexity")],
+)
 def test_the_training_commands_get_the_remaining_flags(
     command: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[list[str]] = []
     room = importlib.import_module(f"models.train.{module}")
     monkeypatch.setattr(room, "main", lambda argv: heard.append(argv) or 7)
-    assert main([command, "heads", "--epochs", "1"]) == 7
+    assert main([*command.split(), "--epochs", "1"]) == 7
     assert heard == [["--epochs", "1"]]
 
 

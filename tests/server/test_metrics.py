@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import process_time
+
 import httpx
 import pytest
 from scripted import EOS, MODEL, ScriptedEngine, say
@@ -23,6 +25,9 @@ def test_steps() -> None:
         num_rows=20,
         num_prompt_rows=10,
         step_seconds=0.004,
+        model_seconds=0.003,
+        kernel_seconds=0.001,
+        message_seconds=0.0005,
         num_preemptions=1,
         num_drafts=2,
         num_draft_tokens=7,
@@ -47,6 +52,27 @@ def test_steps() -> None:
     assert value(metrics, "iteration_tokens_total_sum") == 2 * (10 + 3 + 3)
     assert value(metrics, "step_rows_sum") == 40
     assert value(metrics, "step_seconds_sum") == pytest.approx(0.008)
+    parts = [value(metrics, "engine_seconds_total", part=part) for part in ("kernels", "model", "engine", "messages")]
+    assert parts == pytest.approx([0.002, 0.004, 0.002, 0.001])
+
+
+def test_clocks_that_disagree_do_no_harm() -> None:
+    metrics = Metrics("m")
+    metrics.on_step(StepStats(num_rows=1, step_seconds=0.002, model_seconds=0.002, kernel_seconds=0.0021))
+    assert value(metrics, "engine_seconds_total", part="kernels") == pytest.approx(0.0021)
+    assert value(metrics, "engine_seconds_total", part="model") == 0
+
+
+def test_the_api_processs_own_cpu_is_told() -> None:
+    metrics = Metrics("m")
+    before = metrics.registry.get_sample_value("process_cpu_seconds_total")
+    assert before is not None
+    deadline = process_time() + 0.05
+    while process_time() < deadline:
+        pass
+    after = metrics.registry.get_sample_value("process_cpu_seconds_total")
+    assert after is not None
+    assert after > before
 
 
 def test_idle_steps_only_set_gauges() -> None:

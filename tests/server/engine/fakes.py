@@ -33,7 +33,7 @@ class FakeRunner:
     """Implements `core.ModelRunner`."""
 
     def __init__(self, num_slots: int, *, max_model_len: int, seed: int = 0) -> None:
-        self.info = ModelInfo("fake", VOCAB, max_model_len, (EOS,), 4, num_slots, "cpu", "float32")
+        self.info = ModelInfo("fake", VOCAB, max_model_len, (EOS,), 4, num_slots, "cpu", "float32", "none")
         self.random = random.Random(seed)
         self.pool: dict[int, int] = {}
         self.ready: set[str] = set()
@@ -41,6 +41,9 @@ class FakeRunner:
 
     def can_draft(self, request: Request) -> bool:
         return request.id in self.ready
+
+    def kernel_seconds(self) -> float:
+        return 0.0
 
     def forget(self, request: Request) -> None:
         self.ready.discard(request.id)

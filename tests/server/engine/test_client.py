@@ -27,11 +27,12 @@ from server.engine.messages import (
     StepOutput,
     StepStats,
     Submit,
+    TokenLogprobs,
 )
 from server.errors import EngineDeadError, StartupError
 
 CRASH = 666
-INFO = ModelInfo("", 10, 100, (0,), 0, 1000, "cpu", "float32")
+INFO = ModelInfo("", 10, 100, (0,), 0, 1000, "cpu", "float32", "none")
 
 
 def echo(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
@@ -56,6 +57,19 @@ def slow(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
             outbox.send(StepOutput((Delta(message.request_id, (1,)),), StepStats()))
         if isinstance(message, Abort):
             outbox.send(StepOutput((Delta(message.request_id, finish="abort"),), StepStats()))
+
+
+def torrent(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
+    """Answers with one token at a time and far more log-probabilities than fit into a pipe; then dies."""
+    outbox.send(Ready(INFO))
+    name = inbox.recv().request_id
+    top = tuple((token, -1.0) for token in range(20_000))
+    first = TokenLogprobs(0, -1.0, top)
+    outbox.send(StepOutput((Delta(name, (0,), (first,), prompt_logprobs=(None,)),), StepStats()))
+    for token in range(1, 5):
+        outbox.send(StepOutput((Delta(name, (token,), (TokenLogprobs(token, -1.0, top),)),), StepStats()))
+    inbox.recv()
+    os._exit(3)
 
 
 def refusing(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
@@ -143,6 +157,33 @@ async def test_leaving_a_request_early_aborts_it(tmp_path: Path) -> None:
         again = engine.generate(submit("closed", 1))
         assert (await anext(again)).finish is None  # the late terminal delta of the first is not the second's
         await again.aclose()
+
+
+async def test_a_reader_that_falls_behind_finds_all_it_has_missed() -> None:
+    steps: list[StepStats] = []
+    async with running(EngineClient(EngineConfig(""), target=torrent, on_step=steps.append)) as engine:
+        request = engine.generate(submit("a", 1))
+        deltas = [await anext(request)]
+        await until(lambda: len(steps) == 5)
+        deltas.append(await anext(request))
+        assert len(deltas) == 2
+        assert [token for delta in deltas for token in delta.token_ids] == [0, 1, 2, 3, 4]
+        assert [scored.token_id for delta in deltas for scored in delta.logprobs] == [0, 1, 2, 3, 4]
+        assert all(len(scored.top) == 20_000 for delta in deltas for scored in delta.logprobs)
+        assert deltas[0].prompt_logprobs == (None,)
+        engine.abort("a")
+        with pytest.raises(EngineDeadError):
+            await anext(request)
+
+
+async def test_what_came_before_the_end_of_the_engine_is_told_before_it() -> None:
+    async with running(EngineClient(EngineConfig(""), target=echo)) as engine:
+        request = engine.generate(submit("a", 1, 2, CRASH))
+        reader = asyncio.create_task(anext(request))
+        await until(lambda: engine.status == "restarting")
+        assert (await reader).token_ids[0] == 1
+        with pytest.raises(EngineDeadError, match="restarted"):
+            [None async for _ in request]
 
 
 async def test_an_aborted_request_is_heard_to_its_end(tmp_path: Path) -> None:

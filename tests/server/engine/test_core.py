@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 
 import pytest
 from fakes import EOS, VOCAB, FakeRunner, reference
 
-from server.engine.core import Engine
+from server.engine.core import Engine, TreeShape
 from server.engine.messages import Delta, EngineConfig, SamplingParams, SpeculationParams, Submit
+from server.engine.request import Outcome, Request, Work
 
 
 def make_engine(num_slots: int = 200, *, max_model_len: int = 60, seed: int = 0, **config: object) -> Engine:
@@ -344,3 +346,48 @@ def test_nothing_is_lost_at_random(group: int) -> None:
     assert sum(s.num_preemptions for s in stats) > 10
     assert sum(s.num_cached_tokens for s in stats) > 100
     assert sum(s.speculation.num_accepted_draft_tokens for s in stats) > 100
+
+
+class Clock:
+    """Stands still unless somebody works."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+
+class WorkingRunner(FakeRunner):
+    """Drafting takes 1 second, verifying 4, of which 3 in kernels."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(200, max_model_len=60)
+        self.clock = clock
+        self.in_kernels = 50.0  # while loading
+
+    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[TreeShape]:
+        self.clock.now += 1
+        return super().draft(requests, num_nodes)
+
+    def run(self, works: Sequence[Work]) -> list[Outcome]:
+        self.clock.now += 4
+        self.in_kernels += 3
+        return super().run(works)
+
+    def kernel_seconds(self) -> float:
+        seconds, self.in_kernels = self.in_kernels, 0.0
+        return seconds
+
+
+def test_a_steps_seconds_are_told_by_part() -> None:
+    clock = Clock()
+    engine = Engine(EngineConfig("fake", num_nodes=5), WorkingRunner(clock), lambda: clock.now)
+    for name in ("a", "b"):
+        clock.now += 1000  # idle
+        engine.submit(submit(name, [1, 2, 3], 4, ignore_eos=True))
+        first = engine.step().stats
+        clock.now += 7  # sending
+        second = engine.step().stats
+        assert [first.model_seconds, second.model_seconds] == [5, 5]
+        assert [first.step_seconds, second.step_seconds] == [5, 5]
+        assert [first.kernel_seconds, second.kernel_seconds] == [3, 3]
+        assert [first.message_seconds, second.message_seconds] == [0, 7]
+        drain(engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import queue
 import threading
@@ -114,6 +115,15 @@ def test_a_model_that_cannot_load_is_one_sentence() -> None:
     for end in (inbox, _keep, outbox):
         end.close()
     process.close()
+
+
+def test_what_was_loaded_is_no_matter_for_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.runner.Runner.load", lambda _: FakeRunner(100, max_model_len=60))
+    try:
+        worker._load(EngineConfig("fake"))
+        assert gc.get_freeze_count() > 100_000
+    finally:
+        gc.unfreeze()
 
 
 def test_the_slots_are_checked_when_nothing_comes_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

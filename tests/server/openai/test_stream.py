@@ -9,10 +9,12 @@ import threading
 import httpx
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scripted import EOS, HANG, MODEL, ScriptedEngine, app_of, live, say, wait_for
 from starlette.requests import ClientDisconnect
 
-from server.openai.stream import until_disconnect
+from server.openai.stream import EventTemplate, event, until_disconnect
 
 BODY = {"prompt": "Hi", "n": 2}
 
@@ -59,6 +61,14 @@ def test_characters_that_end_lines_elsewhere_do_not_end_an_event() -> None:
             events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     assert events[-1] == "[DONE]"
     assert "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1]) == text
+
+
+@given(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8")))
+def test_a_filled_template_is_the_event_itself(model: str, text: str) -> None:
+    def content(text: str) -> dict:
+        return {"model": model, "choices": [{"index": 0, "delta": {"content": text}, "logprobs": None}]}
+
+    assert EventTemplate(content).fill(text) == event(content(text))
 
 
 def test_the_end_of_the_server_stops_the_engine() -> None:
