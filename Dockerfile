@@ -20,6 +20,8 @@ ENV MEDUSA_CACHE=/var/cache/medusa
 RUN python -c 'from models.source import DEFAULT_MODEL, resolve; print(resolve(DEFAULT_MODEL))'
 
 FROM python:3.11-slim
+# the CPU kernels are built on the machine that runs them, for its processor
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --system --create-home --uid 10001 medusa
 COPY --from=build /opt/medusa /opt/medusa
 COPY --from=build --chown=10001 /var/cache/medusa /var/cache/medusa

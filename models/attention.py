@@ -144,6 +144,8 @@ class PagedTreeAttention:
         batch, pool = self.running
         layer: int = module.layer_idx  # type: ignore[assignment]
         pool.write(layer, batch.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or None, softcap, s_aux)
+        scoring = Scoring(
+            query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or None, softcap, s_aux
+        )
         self.scorings[layer] = scoring
         return self.kernel(query[0].transpose(0, 1), pool.keys[layer], pool.values[layer], batch, scoring)[None], None

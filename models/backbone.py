@@ -27,7 +27,7 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
 
-from models.attention import PagedTreeAttention
+from models.attention import PagedTreeAttention, c_attention
 from models.batch import Batch
 from models.fused import FusedModel, can_fuse
 from models.kernels.cpu import kernels

@@ -48,6 +48,7 @@ def _is_common(layer: Any, scoring: Scoring) -> bool:
         and all(type(linear) is nn.Linear for linear in linears)
         and all(width % reference.GROUP == 0 for width in widths)
         and attn.head_dim <= cpu.MAX_DIM
+        and attn.q_proj.out_features <= cpu.MAX_SHARED * attn.k_proj.out_features
         and type(mlp.act_fn).__name__ in ("SiLUActivation", "SiLU")
     )
 
@@ -169,6 +170,6 @@ def _interleaved(gate: nn.Linear, up: nn.Linear) -> tuple[Tensor, Tensor | None]
     weight, bias = _stacked(gate, up)
 
     def turn(stacked: Tensor) -> Tensor:
-        return stacked.unflatten(0, (2, -1, cpu.BLOCK)).transpose(0, 1).reshape(stacked.shape)
+        return stacked.view(2, -1, cpu.BLOCK, *stacked.shape[1:]).transpose(0, 1).reshape(stacked.shape)
 
     return turn(weight), None if bias is None else turn(bias)

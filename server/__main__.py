@@ -18,6 +18,7 @@ usage: medusa-serve COMMAND ...
   serve [MODEL] [--port 8000] [--heads PATH] ...   serve a model over the OpenAI API
   train heads ...                                  train Medusa heads for a model
   evaluate heads ...                               tokens per step on held-out prompts, by number of nodes
+  evaluate perplexity ...                          int8 weights against float32 on a text
   version                                          print the version
 
 Each command explains itself with --help.
@@ -37,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from models.train import evaluate
 
             return evaluate.main(flags)
+        case ["evaluate", "perplexity", *flags]:
+            from models.train import perplexity
+
+            return perplexity.main(flags)
         case ["version"]:
             sys.stdout.write(f"{__version__}\n")
             return 0

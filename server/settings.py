@@ -29,6 +29,7 @@ from server.errors import StartupError
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "none"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -59,6 +60,9 @@ class Settings(BaseSettings):
     served_model_name: str | None = Field(None, description="the model's name in the API; by default as given")
     device: Device = Field("auto", description="where the model runs")
     dtype: Dtype = Field("auto", description="type of the weights")
+    quantization: Quantization | None = Field(
+        None, description="int8 weights, or none; by default int8 on a CPU, which needs a C compiler"
+    )
     max_model_len: int | None = Field(None, ge=1, description="tokens of prompt and completion; by default the model's")
     max_num_seqs: int = Field(64, ge=1, description="requests in one batch")
     max_num_batched_rows: int = Field(512, ge=64, description="token positions in one forward pass")
@@ -94,6 +98,7 @@ class Settings(BaseSettings):
             heads=None if heads is None else str(heads),
             device=self.device,
             dtype=self.dtype,
+            quantization=self.quantization,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_rows=self.max_num_batched_rows,

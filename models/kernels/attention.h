@@ -15,6 +15,7 @@
 #include "vec.h"
 
 #define KEYS 32
+#define AHEAD 16 /* keys that are asked for before they are needed: slots may lie anywhere */
 #define MAX_DIM 256
 #define TOGETHER 4 /* heads that go through the keys at once: their chains of operations fill each other's gaps */
 #define QUERY_ROWS 16 /* most rows of one piece of work: they share the keys in the cache */
@@ -63,6 +64,12 @@ INLINE void fetch_slot(Scratch *scratch, const Attention *a, int64_t head, int64
     fetch(scratch->values + place * a->v_dim, a->values, a->is_half, at * a->v_dim, a->v_dim);
 }
 
+INLINE void prefetch_slot(const Attention *a, int64_t head, int64_t slot) {
+    const int64_t size = a->is_half ? sizeof(half) : sizeof(float), at = slot * a->kv_heads + head;
+    for (int64_t c = 0; c < a->k_dim * size; c += 64) __builtin_prefetch((const char *)a->keys + at * a->k_dim * size + c);
+    for (int64_t c = 0; c < a->v_dim * size; c += 64) __builtin_prefetch((const char *)a->values + at * a->v_dim * size + c);
+}
+
 /* `heads` query heads of one row over `count` keys in the scratch, of which those below `begin` are out of its window.
  * query, out: [heads][dim]; most, total: [heads]. */
 INLINE void attend_keys(Scratch *scratch, const int heads, const int64_t k_dim, const int64_t v_dim, float scaling,
@@ -79,8 +86,9 @@ INLINE void attend_keys(Scratch *scratch, const int heads, const int64_t k_dim, 
             for (int64_t c = LANES; c < k_dim; c += LANES)
                 for (int i = 0; i < LANES; i++) parts[i] += load(q + c) * load(keys + i * k_dim + c);
             store(scores, sums_of(parts) * scaling);
-            for (int64_t j = 0; j < LANES; j++)
-                if (first + j < begin || first + j >= count) scores[j] = -INFINITY;
+            if (first < begin || first + LANES > count)
+                for (int64_t j = 0; j < LANES; j++)
+                    if (first + j < begin || first + j >= count) scores[j] = -INFINITY;
             best[h] = larger(load(scores), best[h]);
         }
     for (int h = 0; h < heads; h++) {
@@ -155,8 +163,10 @@ static void attend_rows(Scratch *scratch, const Attention *a, const Step *step, 
         }
     }
     for (int64_t block = first / KEYS * KEYS; block < last; block += KEYS) {
-        for (int64_t p = block; p < block + KEYS && p < width && p < last; p++)
+        for (int64_t p = block; p < block + KEYS && p < width && p < last; p++) {
+            if (p + AHEAD < width) prefetch_slot(a, kv_head, table[p + AHEAD]);
             fetch_slot(scratch, a, kv_head, table[p], p - block);
+        }
         for (int64_t r = begin; r < end; r++) {
             const int64_t i = r - begin, stop = seen[i] < block + KEYS ? seen[i] : block + KEYS;
             if (stop <= block || stop <= from[i]) continue;

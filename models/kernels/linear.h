@@ -13,7 +13,7 @@
 #define GROUP 32
 #define BLOCK 16 /* outputs whose weights lie side by side */
 #define PARTS (BLOCK / LANES)
-#define PREFETCH 4096 /* bytes ahead in the weights */
+#define PREFETCH 4096 /* bytes ahead in the weights; to the second-level cache, which takes more at a time than the first */
 #if defined(__AVX2__)
 #define TILE 8 /* rows that share a pass over the weights, as many as the registers hold */
 #else
@@ -127,7 +127,7 @@ INLINE void block_outputs(const Linear *linear, int64_t block, const Rows *rows,
             out[r][part] = linear->bias ? load(linear->bias + block * BLOCK + part * LANES) : splat(0.0f);
     for (int64_t g = 0; g < groups; g++) {
         ints dot[TILE][PARTS];
-        for (int i = 0; i < 8; i++) __builtin_prefetch(weight + PREFETCH + 64 * i);
+        for (int i = 0; i < 8; i++) __builtin_prefetch(weight + PREFETCH + 64 * i, 0, 1);
         dot_group(weight, x + g * GROUP, rows->inputs, offset + g, groups, count, dot);
         for (int part = 0; part < PARTS; part++) {
             floats scales = from_bf16(scale + part * LANES);

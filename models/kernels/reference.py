@@ -19,16 +19,22 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     The last group is filled with zeros. Values are rounded relative to the rounded scale, so bfloat16 costs nothing.
     """
-    groups = pad(weight.float(), (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    groups = _in_groups(weight)
     scales = (groups.abs().amax(-1) / MOST).bfloat16()
     return _rounded(groups, scales.float()), scales
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """[rows, inputs] -> int8 [rows, groups, GROUP] and its scales, float32 [rows, groups]."""
-    groups = pad(x.float(), (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    groups = _in_groups(x)
     scales = groups.abs().amax(-1) / MOST
     return _rounded(groups, scales), scales
+
+
+def _in_groups(x: Tensor) -> Tensor:
+    """[n, inputs] -> [n, groups, GROUP] float32."""
+    padded = pad(x.float(), (0, -x.shape[1] % GROUP))
+    return padded.view(len(x), padded.shape[1] // GROUP, GROUP)
 
 
 def _rounded(groups: Tensor, scales: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate
@@ -20,8 +21,11 @@ from models import memory, sampling, verify
 from models.backbone import Backbone, read_sizes
 from models.batch import Segment, build_batch
 from models.checkpoint import CheckpointError, build_heads, check_heads, read_heads
-from models.drafters.medusa import DraftRow, propose
+from models.drafters.medusa import DraftRow, Heads, propose
+from models.drafters.packed import PackedHeads
 from models.drafters.resblock import DEFAULT_ACCURACIES, ResBlockHeads
+from models.kernels.build import KernelError
+from models.kernels.cpu import kernels, take_seconds
 from models.kv_pool import KVPool
 from models.probe import BackboneError
 from models.sampling import History, Row
@@ -31,17 +35,19 @@ from server.engine.messages import EngineConfig, ModelInfo, TokenLogprobs
 from server.engine.request import Outcome, Request, Work
 from server.errors import StartupError
 
+logger = logging.getLogger(__name__)
+
 
 class Runner:
     """Implements `core.ModelRunner` with tensors."""
 
-    def __init__(self, backbone: Backbone, heads: ResBlockHeads | None, config: EngineConfig) -> None:
+    def __init__(self, backbone: Backbone, heads: Heads | None, config: EngineConfig) -> None:
         """Take a loaded model and make its pool. Raises `StartupError` if the limits cannot be met."""
         self.backbone = backbone
         self.heads = heads
         dtype, self.device = backbone.lm_head_weight.dtype, backbone.lm_head_weight.device
         kv_cache_tokens, max_model_len = _limits(config, backbone)
-        self.pool = KVPool(backbone.kv_shapes, kv_cache_tokens, dtype=dtype, device=self.device)
+        self.pool = KVPool(backbone.kv_shapes, kv_cache_tokens, dtype=backbone.kv_dtype, device=self.device)
         self.info = ModelInfo(
             path=config.model,
             vocab_size=backbone.vocab_size,
@@ -51,6 +57,7 @@ class Runner:
             kv_cache_tokens=kv_cache_tokens,
             device=str(self.device),
             dtype=str(dtype).removeprefix("torch."),
+            quantization=backbone.quantization,
         )
         self._hidden: dict[str, Tensor] = {}  # request id -> [hidden]
         self._histories: dict[str, History] = {}
@@ -68,13 +75,20 @@ class Runner:
                 hidden_size, vocab_size = read_sizes(config.model)
                 check_heads(tensors, hidden_size=hidden_size, vocab_size=vocab_size)
             backbone = Backbone.load(config.model, dtype=dtype, device=device)
-            heads = None if tensors is None else build_heads(tensors, backbone.lm_head_weight)
+            heads: Heads | None = None if tensors is None else build_heads(tensors, backbone.lm_head_weight)
+            if _wants_int8(config, backbone):
+                backbone.quantize()
+                heads = PackedHeads(heads) if isinstance(heads, ResBlockHeads) else heads
         except (BackboneError, CheckpointError) as error:
             raise StartupError(str(error)) from error
         return cls(backbone, heads, config)
 
     def can_draft(self, request: Request) -> bool:
         return self.heads is not None and request.id in self._hidden and self._max_depth(request) > 0
+
+    def kernel_seconds(self) -> float:
+        """Seconds spent in C kernels since this was last asked."""
+        return take_seconds()
 
     def forget(self, request: Request) -> None:
         self._hidden.pop(request.id, None)
@@ -215,6 +229,26 @@ class Runner:
         return request.submit.sampling.max_tokens - request.num_output - 1
 
 
+def _wants_int8(config: EngineConfig, backbone: Backbone) -> bool:
+    """Whether to quantise. Raises `StartupError` if it was asked for and cannot be done."""
+    weight = backbone.lm_head_weight
+    if config.quantization == "none":
+        return False
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if config.quantization is None and not fits:
+        return False
+    if not fits:
+        raise StartupError("--quantization int8 is for --device cpu and --dtype float32; leave it out.")
+    try:
+        kernels()
+    except KernelError as error:
+        if config.quantization is not None:
+            raise StartupError(f"--quantization int8 is not possible: {error}") from error
+        logger.warning("%s Until then decoding runs on torch in float32, 3 to 8 times slower.", error)
+        return False
+    return True
+
+
 def _limits(config: EngineConfig, backbone: Backbone) -> tuple[int, int]:
     """KV tokens of the pool, and the longest prompt + completion."""
     limit = backbone.max_position_embeddings or 2**31
@@ -222,7 +256,7 @@ def _limits(config: EngineConfig, backbone: Backbone) -> tuple[int, int]:
     if max_model_len > limit:
         raise StartupError(f"--max-model-len {max_model_len} exceeds the model's own {limit} positions: lower it.")
     weight = backbone.lm_head_weight
-    fitting = memory.free_bytes(weight.device) // KVPool.bytes_per_token(backbone.kv_shapes, weight.dtype)
+    fitting = memory.free_bytes(weight.device) // KVPool.bytes_per_token(backbone.kv_shapes, backbone.kv_dtype)
     kv_cache_tokens = config.kv_cache_tokens or min(fitting, config.max_num_seqs * max_model_len)
     if not 0 < kv_cache_tokens <= fitting:
         raise StartupError(
