@@ -96,8 +96,9 @@ class Backbone:
         kernels()
         self.kv_dtype, self.quantization = torch.float16, "int8"
         if can_fuse(self._model, self._attention.scorings):
-            positions = self.max_position_embeddings or MAX_POSITIONS
-            self._fused = FusedModel(self._model, self._attention.scorings, positions)
+            self.max_position_embeddings = self.max_position_embeddings or MAX_POSITIONS
+            self._fused = FusedModel(self._model, self._attention.scorings, self.max_position_embeddings)
+            del self._model  # and its float32 weights
             return
         self._attention.kernel = c_attention
         quantize_linears(self._model)

@@ -1,6 +1,6 @@
 """A model of the common shape as one call of the C kernels a step, built from the modules that transformers loaded.
 
-Common: embedding; layers of RMSNorm, rotary attention (biases, norms of Q and K, a window and layers without rotation are
+Common: embedding; layers of RMSNorm, rotary attention (biases, norms of Q and K, a window, layers without rotation are
 fine), RMSNorm and SwiGLU; RMSNorm; output embedding. Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are of it.
 
 Invariants:

@@ -16,7 +16,6 @@ from models.drafters.packed import PackedHeads
 from models.drafters.resblock import ResBlockHeads
 from models.sampling import Params, gumbel_from_keys, noise_key
 
-
 Heads = ResBlockHeads | PackedHeads
 
 

@@ -41,7 +41,7 @@ def find_compiler() -> str:
 
 
 def _compile(compiler: str, folder: Path) -> None:
-    """OpenMP is compiled for, but no runtime of it linked: torch has loaded its own, and two would fight for the cores."""
+    """OpenMP is compiled for, but no runtime of it linked: torch has loaded its own, and two would fight."""
     unit, target = str(folder / "cpu.o"), str(folder / "cpu.so")
     _run(compiler, *FLAGS, "-c", str(SOURCES / "cpu.c"), "-o", unit)
     _run(compiler, "-shared", unit, "-lm", "-o", target)
@@ -50,6 +50,8 @@ def _compile(compiler: str, folder: Path) -> None:
 def _run(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except OSError as error:
+        raise KernelError(f"{command[0]} cannot be run ({error.strerror}): install gcc, or set CC.") from error
     except subprocess.TimeoutExpired as error:
         raise KernelError(f"{command[0]} did not build the CPU kernels in {SECONDS} s: set CC to another.") from error
     if done.returncode:

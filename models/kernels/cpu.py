@@ -235,7 +235,7 @@ def step_struct(batch: Batch) -> StepStruct:
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scaling: float, window: int | None) -> Tensor:
-    """query: [rows, heads, k_dim] float32; keys, values: [slots, kv_heads, dim]. Returns [rows, heads, v_dim] float32."""
+    """query: [rows, heads, k_dim]; keys, values: [slots, kv_heads, dim]. Returns [rows, heads, v_dim] float32."""
     query = query.contiguous()
     out = query.new_empty(*query.shape[:2], values.shape[2])
     struct, step = attention_struct(keys, values, query.shape[1], scaling, window), step_struct(batch)

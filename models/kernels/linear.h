@@ -54,10 +54,8 @@ INLINE void quantize_row(const Rows *rows, int64_t row, const float *from) {
             memcpy(to + i * LANES, &narrow, sizeof narrow);
             sums += q;
         }
-        int32_t sum = 0;
-        for (int i = 0; i < LANES; i++) sum += sums[i];
         rows->scale[row * groups + g] = largest / 127.0f;
-        rows->offset[row * groups + g] = -128 * sum;
+        rows->offset[row * groups + g] = -128 * (int32_t)sum_of(__builtin_convertvector(sums, floats)); /* exact */
     }
 }
 

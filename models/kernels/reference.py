@@ -1,7 +1,7 @@
 """The truth in torch: what the C kernels compute, written to be read.
 
-Both operands of a product are int8 with a scale per group of GROUP inputs, weights per output and rows per row; sums are
-exact within a group. The truth of attention is `models.attention.tree_attention`.
+Both operands of a product are int8 with a scale per group of GROUP inputs, weights per output and rows per row; sums
+are exact within a group. The truth of attention is `models.attention.tree_attention`.
 """
 
 from __future__ import annotations

@@ -64,12 +64,13 @@ def int8_engine(model: LlamaForCausalLM, **config: object) -> Engine:
     return Engine(options, Runner(backbone, PackedHeads(random_heads(backbone)), options))
 
 
-Said = tuple[list[int], list[TokenLogprobs], object]
+Said = tuple[list[int], list[TokenLogprobs], tuple[TokenLogprobs | None, ...] | None]
 
 
 def said(deltas: list[Delta]) -> Said:
     """Tokens and log-probabilities, to the last bit."""
-    return tokens(deltas), [entry for delta in deltas for entry in delta.logprobs], deltas[-1].prompt_logprobs
+    of_prompt = next((d.prompt_logprobs for d in deltas if d.prompt_logprobs), None)
+    return tokens(deltas), [entry for delta in deltas for entry in delta.logprobs], of_prompt
 
 
 def outputs(engine: Engine, sampling: SamplingParams, mode: str = "lossless", at_once: int = 8) -> list[Said]:
@@ -120,10 +121,12 @@ def test_int8_says_nearly_what_float32_says(model: LlamaForCausalLM) -> None:
     found = outputs(int8_engine(model), sampling)
     errors = []
     for prompt, (_, _, entries) in zip(PROMPTS, found, strict=True):
-        assert isinstance(entries, tuple | list)
+        assert entries is not None
         with torch.inference_mode():
             logprobs = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
-        errors += [abs(entry.logprob - float(logprobs[i, prompt[i + 1]])) for i, entry in enumerate(entries[1:])]
+        for row, token, entry in zip(logprobs, prompt[1:], entries[1:], strict=False):
+            assert entry is not None
+            errors.append(abs(entry.logprob - float(row[token])))
     assert 1e-4 < sum(errors) / len(errors) < 0.15
 
 
@@ -166,11 +169,8 @@ def test_int8_in_another_dtype_is_refused(folder: Path) -> None:
         load(folder, quantization="int8", dtype="bfloat16")
 
 
-@pytest.mark.parametrize(
-    "device", ["meta", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-)
-def test_int8_elsewhere_is_refused_or_not_the_default(device: str) -> None:
-    backbone = SimpleNamespace(lm_head_weight=torch.empty(1, device=device))
+def test_int8_elsewhere_is_refused_and_not_the_default() -> None:
+    backbone = SimpleNamespace(lm_head_weight=torch.empty(1, device="meta"))
     assert not _wants_int8(EngineConfig("tiny"), backbone)  # type: ignore[arg-type]
     with pytest.raises(StartupError, match="int8 is for --device cpu"):
         _wants_int8(EngineConfig("tiny", quantization="int8"), backbone)  # type: ignore[arg-type]
@@ -201,9 +201,7 @@ def test_without_a_compiler_one_line_names_the_loss(folder: Path, caplog: pytest
 
 @pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler_int8_is_refused_and_none_is_silent(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(
-        StartupError, match=r"int8 is not possible: There is no C compiler .*: install gcc\.$"
-    ) as caught:
+    with pytest.raises(StartupError, match=r"int8 is not possible: There is no C compiler .*gcc\.$") as caught:
         load(folder, quantization="int8")
     assert "\n" not in caught.value.message
     assert load(folder, quantization="none").info.quantization == "none"
