@@ -98,6 +98,8 @@ class Backbone:
         if can_fuse(self._model, self._attention.scorings):
             self.max_position_embeddings = self.max_position_embeddings or MAX_POSITIONS
             self._fused = FusedModel(self._model, self._attention.scorings, self.max_position_embeddings)
+            if self.lm_head_weight.data_ptr() == self._model.get_input_embeddings().weight.data_ptr():
+                self.lm_head_weight = self._fused.embedding
             del self._model  # and its float32 weights
             return
         self._attention.kernel = c_attention

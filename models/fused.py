@@ -71,10 +71,11 @@ class FusedModel:
         cosines, sines = _rotations(trunk.rotary_emb, num_positions)
         head: nn.Linear = model.get_output_embeddings()
         self._hidden_size, self._vocab_size = head.in_features, head.out_features
+        self.embedding = trunk.embed_tokens.weight.detach().clone()  # a copy: the loaded one may hold a whole file open
         self._struct = cpu.TrunkStruct(
             self._layers,
             len(packed),
-            self._keep(trunk.embed_tokens.weight),
+            cpu.address(self.embedding),
             self._keep(trunk.norm.weight),
             self._linear((head.weight, head.bias)),
             self._keep(cosines),
@@ -145,7 +146,7 @@ class FusedModel:
         return packed.struct
 
     def _keep(self, tensor: Tensor | None) -> ctypes.c_void_p:
-        kept = None if tensor is None else tensor.detach().contiguous()
+        kept = None if tensor is None else tensor.detach().clone()
         self._kept.append(kept)
         return cpu.address(kept)
 

@@ -168,7 +168,7 @@ class PackedLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: [outputs, inputs]; bias: [outputs]."""
         self.outputs, self.inputs = weight.shape
-        values, scales = reference.quantize_weight(weight)
+        values, scales = reference.quantize_weight(weight.detach())
         missing = -self.outputs % BLOCK
         values, scales = pad(values, (0, 0, 0, 0, 0, missing)), pad(scales, (0, 0, 0, missing))
         blocks, groups = len(values) // BLOCK, values.shape[1]
