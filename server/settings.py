@@ -71,6 +71,9 @@ class Settings(BaseSettings):
     num_nodes: int = Field(
         4, ge=0, le=63, description="guessed tokens verified per request and step; 0 is plain decoding"
     )
+    speculative_disable_by_batch_size: int | None = Field(
+        None, ge=1, description="requests at a time from which none get guesses unless they ask; by default 2 on a CPU"
+    )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; by default all cores")
     log_level: LogLevel = Field("info", description="how much is logged")
 
@@ -105,6 +108,7 @@ class Settings(BaseSettings):
             kv_cache_tokens=self.kv_cache_tokens,
             prefix_cache=self.prefix_cache,
             num_nodes=self.num_nodes,
+            speculative_disable_by_batch_size=self.speculative_disable_by_batch_size,
             num_threads=self.num_threads,
         )
 

@@ -1,7 +1,7 @@
 """How many tree nodes each request verifies in this step.
 
-For now a fixed number per request, cut evenly where rows or slots are short; the interface is the one that a
-controller with measured step times will use (DESIGN.md section 6).
+For now a fixed number per request, cut evenly where rows or slots are short, and none by default where many requests
+run; the interface is the one that a controller with measured step times will use (DESIGN.md section 6).
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ MAX_NODES = 63  # with the root 64 rows
 class Controller:
     """Hands out nodes."""
 
-    def __init__(self, num_nodes: int) -> None:
+    def __init__(self, num_nodes: int, disable_by_batch_size: int | None = None) -> None:
+        """From `disable_by_batch_size` drafting requests on, only those that ask for nodes get any."""
         self.num_nodes = num_nodes
+        self.disable_by_batch_size = disable_by_batch_size
 
     def allot(self, requests: Sequence[Request], row_budget: int) -> list[int]:
         """Nodes for each request, in order; together at most `row_budget`. Who wants little is served first."""
-        wanted = [self._wanted(request) for request in requests]
+        is_crowded = self.disable_by_batch_size is not None and len(requests) >= self.disable_by_batch_size
+        default = 0 if is_crowded else self.num_nodes
+        wanted = [_wanted(request, default) for request in requests]
         allotted, left = [0] * len(requests), max(row_budget, 0)
         by_wish = sorted(range(len(requests)), key=lambda i: wanted[i])
         for served, i in enumerate(by_wish):
@@ -29,9 +33,9 @@ class Controller:
             left -= allotted[i]
         return allotted
 
-    def _wanted(self, request: Request) -> int:
-        speculation = request.submit.speculation
-        if speculation.mode == "off":
-            return 0
-        wanted = self.num_nodes if speculation.max_nodes is None else speculation.max_nodes
-        return min(wanted, MAX_NODES)
+
+def _wanted(request: Request, default: int) -> int:
+    speculation = request.submit.speculation
+    if speculation.mode == "off":
+        return 0
+    return min(default if speculation.max_nodes is None else speculation.max_nodes, MAX_NODES)

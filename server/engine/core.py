@@ -64,7 +64,7 @@ class Engine:
             max_num_batched_rows=config.max_num_batched_rows,
             use_prefix_cache=config.prefix_cache,
         )
-        self._controller = Controller(config.num_nodes)
+        self._controller = Controller(config.num_nodes, config.speculative_disable_by_batch_size)
         self._max_rows = config.max_num_batched_rows
         self._clock = clock
         self._model_seconds = 0.0  # of this step

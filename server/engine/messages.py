@@ -208,6 +208,7 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     prefix_cache: bool = True
     num_nodes: int = 4  # default tree nodes per request and step
+    speculative_disable_by_batch_size: int | None = None  # drafting requests at which the default becomes 0
     num_threads: int | None = None
 
 

@@ -30,5 +30,11 @@ def test_wishes_are_met_as_far_as_rows_last(wishes: list[int | None], budget: in
     assert Controller(5).allot([request(wish) for wish in wishes], budget) == allotted
 
 
+def test_in_a_crowd_only_those_get_nodes_that_ask() -> None:
+    controller = Controller(5, disable_by_batch_size=2)
+    assert controller.allot([request()], 10) == [5]
+    assert controller.allot([request(), request(3)], 10) == [0, 3]
+
+
 def test_off_is_off() -> None:
     assert Controller(5).allot([request(mode="off"), request(mode="typical")], 10) == [0, 5]
