@@ -59,7 +59,7 @@ bench-peers: $(READY) ## llama.cpp and transformers serve against ourselves, sid
 	$(BIN)/python -m tests.bench.peers $(if $(MODEL),--gguf $(MODEL)) $(if $(HEADS),--heads $(HEADS)) $(ARGS)
 
 bench-kernels: $(READY) ## the CPU kernels against this machine's memory and torch
-	$(BIN)/python -m tests.bench.kernels $(ARGS)
+	$(BIN)/python -m tests.bench.kernel_speed $(ARGS)
 
 train-heads: $(READY) ## train heads for MODEL on DATA, write them to OUTPUT
 	@test -n "$(DATA)" || { echo "Say what to train on: make train-heads DATA=text.jsonl" >&2; exit 2; }

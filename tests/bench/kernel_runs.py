@@ -1,4 +1,4 @@
-"""What `tests.bench.kernels` times: every way to read memory, and every kernel on as many rows as are asked for.
+"""What `tests.bench.kernel_speed` times: every way to read memory, and every kernel on as many rows as are asked for.
 
 Invariants:
 - a pass reads more than the caches hold, so that it reads from memory, as it does between the layers of a model;

@@ -12,9 +12,9 @@ from models.attention import Scoring, tree_attention
 from models.kernels.build import KernelError
 from models.kernels.cpu import PackedLinear
 from models.kernels.reference import linear, quantize_weight
-from tests.bench import kernels
+from tests.bench import kernel_speed
 from tests.bench.kernel_runs import Sizes, attention_call, linear_call, memory_reads, one_request, scratch
-from tests.bench.kernels import (
+from tests.bench.kernel_speed import (
     Effort,
     alternate,
     attention_speed,

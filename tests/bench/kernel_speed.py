@@ -1,4 +1,4 @@
-"""`python -m tests.bench.kernels`: the CPU kernels alone, at the sizes of the default model.
+"""`python -m tests.bench.kernel_speed`: the CPU kernels alone, at the sizes of the default model.
 
 Side by side in every round, each round in the reverse order of the one before: plain reads of the memory; all int8
 linear layers and the LM head, a call each; the whole model in its one call, on an empty context; torch's float32 layers
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.kernels", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.kernel_speed", description=__doc__)
     parser.add_argument("--rows", type=integers, default=ROWS, help="rows of a step, such as 1,4,8")
     parser.add_argument("--contexts", type=integers, default=CONTEXTS, help="tokens that attention looks back on")
     parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median of (7)")
