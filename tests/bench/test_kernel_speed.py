@@ -63,7 +63,7 @@ def test_rounds_run_forth_and_back() -> None:
 
 def test_a_sample_is_the_mean_of_the_passes_that_fill_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.03, 0.06, 0.12])
-    monkeypatch.setattr(kernels.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(kernel_speed.time, "perf_counter", lambda: next(clock))
     assert sample(lambda: None, 0.1) == pytest.approx(0.04)
 
 
@@ -123,6 +123,6 @@ def test_no_kernels_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise KernelError("There is no C compiler (cc): install gcc.")
 
-    monkeypatch.setattr(kernels, "measure", refuse)
+    monkeypatch.setattr(kernel_speed, "measure", refuse)
     with pytest.raises(SystemExit, match="bench: There is no C compiler"):
-        kernels.main(["--rows", "1"])
+        kernel_speed.main(["--rows", "1"])
