@@ -119,12 +119,6 @@ class PagedTreeAttention:
         finally:
             self._step = None
 
-    @property
-    def running(self) -> tuple[Batch, KVPool]:
-        """The step that runs."""
-        assert self._step is not None
-        return self._step
-
     def attend(
         self,
         module: nn.Module,
@@ -140,8 +134,9 @@ class PagedTreeAttention:
         **_: object,  # the probe at load has refused a model that says anything else that matters
     ) -> tuple[Tensor, None]:
         """What each attention layer calls, positions already in K. Returns [1, rows, heads, v_dim] and no weights."""
+        assert self._step is not None
         assert attention_mask is None
-        batch, pool = self.running
+        batch, pool = self._step
         layer: int = module.layer_idx  # type: ignore[assignment]
         pool.write(layer, batch.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         scoring = Scoring(

@@ -66,7 +66,8 @@ class FusedModel:
         self._inner: int = first.mlp.down_proj.in_features
         self._kept: list[object] = []  # what the structs point into
         self._pool: KVPool | None = None  # the one whose addresses they hold
-        packed = [self._pack(layer, scorings[layer.self_attn.layer_idx]) for layer in trunk.layers]
+        self._scorings = [scorings[layer.self_attn.layer_idx] for layer in trunk.layers]
+        packed = [self._pack(layer) for layer in trunk.layers]
         self._layers = (cpu.LayerStruct * len(packed))(*packed)
         cosines, sines = _rotations(trunk.rotary_emb, num_positions)
         head: nn.Linear = model.get_output_embeddings()
@@ -112,20 +113,11 @@ class FusedModel:
 
     def _point_to(self, pool: KVPool) -> None:
         self._pool = pool
-        for struct, keys, values in zip(self._layers, pool.keys, pool.values, strict=True):
-            struct.attention.keys, struct.attention.values = cpu.address(keys), cpu.address(values)
-            struct.attention.is_half = keys.dtype == torch.float16
+        for struct, scoring, keys, values in zip(self._layers, self._scorings, pool.keys, pool.values, strict=True):
+            struct.attention = cpu.attention_struct(keys, values, self._heads, scoring.scaling, scoring.window)
 
-    def _pack(self, layer: Any, scoring: Scoring) -> cpu.LayerStruct:
+    def _pack(self, layer: Any) -> cpu.LayerStruct:
         attn, mlp = layer.self_attn, layer.mlp
-        attention = cpu.AttentionStruct(
-            heads=self._heads,
-            kv_heads=self._kv_heads,
-            k_dim=self._dim,
-            v_dim=self._dim,
-            window=scoring.window or 0,
-            scaling=scoring.scaling,
-        )
         return cpu.LayerStruct(
             qkv=self._linear(_stacked(attn.q_proj, attn.k_proj, attn.v_proj)),
             out=self._linear((attn.o_proj.weight, attn.o_proj.bias)),
@@ -137,7 +129,6 @@ class FusedModel:
             k_norm=self._keep(attn.k_norm.weight if hasattr(attn, "k_norm") else None),
             epsilon=layer.input_layernorm.variance_epsilon,
             is_rotary=bool(getattr(attn, "use_rope", True)),
-            attention=attention,
         )
 
     def _linear(self, parts: tuple[Tensor, Tensor | None]) -> cpu.LinearStruct:
@@ -159,11 +150,13 @@ def _rotations(rotary: nn.Module, num_positions: int) -> tuple[Tensor, Tensor]:
 
 def _stacked(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """One weight and one bias that do what `linears` do, outputs one after another."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
+    weight = torch.cat([linear.weight for linear in linears])
     if all(linear.bias is None for linear in linears):
         return weight, None
-    biases = [weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
-    return weight, torch.cat([bias.detach() for bias in biases])
+    biases: list[Tensor] = [
+        linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears
+    ]
+    return weight, torch.cat(biases)
 
 
 def _interleaved(gate: nn.Linear, up: nn.Linear) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._packed = PackedLinear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        self._packed = PackedLinear(linear.weight, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._packed(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)

@@ -18,7 +18,7 @@ class PackedHeads:
 
     def __init__(self, heads: ResBlockHeads) -> None:
         self.num_heads, self.accuracies, self.token_ids = heads.num_heads, heads.accuracies, heads.token_ids
-        weights, biases = heads.weight.detach(), heads.bias.detach()[:, :, 0]
+        weights, biases = heads.weight, heads.bias[:, :, 0]
         self._first = PackedLinear(weights[0].flatten(0, 1), biases[0].flatten())  # all heads see the same state
         self._others = [
             [PackedLinear(weight, bias) for weight, bias in zip(*layer, strict=True)]

@@ -3,7 +3,6 @@
  * Each call is one parallel region; its threads go through the stages together. Buffers are the caller's, none is kept.
  */
 #include <omp.h>
-#include <stdlib.h>
 
 #include "attention.h"
 #include "linear.h"
