@@ -19,8 +19,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from models.errors import UsageError
 
-class ModelSourceError(ValueError):
+
+class ModelSourceError(UsageError):
     """There is no servable model here. The message is a sentence that says what to do."""
 
 

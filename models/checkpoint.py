@@ -29,6 +29,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from models.drafters.resblock import Accuracies, ResBlockHeads
+from models.errors import UsageError
 
 WEIGHTS_NAME = "medusa_lm_head.safetensors"
 _TRUNK = ("model.", "transformer.", "gpt_neox.")
@@ -37,7 +38,7 @@ _BLOCK = re.compile(r"^(\d+)\.(\d+)\.linear\.(weight|bias)$|^blocks\.(\d+)\.laye
 _OWN_HEAD = re.compile(r"^(\d+)\.(\d+)\.weight$|^lm_heads\.(\d+)\.weight$")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UsageError):
     """Heads cannot be loaded; the message is one sentence that says what is wrong and what to do."""
 
 

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from models.batch import Segment, build_batch
+from models.errors import UsageError
 from models.kv_pool import KVPool, Shape
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ WITHOUT_EFFECT = {"position_ids", "use_cache", "output_router_logits", "output_a
 _serials = itertools.count()
 
 
-class BackboneError(ValueError):
+class BackboneError(UsageError):
     """This model cannot be served. The message is one sentence or two: what is wrong, and what to do."""
 
 

@@ -16,6 +16,7 @@ USAGE = """\
 usage: medusa-serve COMMAND ...
 
   serve [MODEL] [--port 8000] [--heads PATH] ...   serve a model over the OpenAI API
+  distill [MODEL] --output FILE --tokens N ...     let a model write the text that its heads learn from
   train heads ...                                  train Medusa heads for a model
   evaluate heads ...                               tokens per step on held-out prompts, by number of nodes
   evaluate perplexity ...                          int8 weights against float32 on a text
@@ -30,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     match list(sys.argv[1:] if argv is None else argv):
         case ["serve", *flags]:
             return _serve(flags)
+        case ["distill", *flags]:
+            from server import distill
+
+            return distill.main(flags)
         case ["train", "heads", *flags]:
             from models.train import heads
 

@@ -12,13 +12,14 @@ import subprocess
 from pathlib import Path
 
 from models.cache import ModelSourceError, cached, digest
+from models.errors import UsageError
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-std=gnu11", "-march=native", "-fopenmp", "-fPIC")
 SECONDS = 300  # after which a compiler is taken to hang
 
 
-class KernelError(RuntimeError):
+class KernelError(UsageError):
     """The kernels cannot be had here; the message is one sentence that says what to do."""
 
 

@@ -23,8 +23,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from models.errors import UsageError
 
-class DataError(ValueError):
+
+class DataError(UsageError):
     """Training data cannot be used; the message says which and what to do."""
 
 

@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.drafters.resblock import ResBlockHeads
+from models.errors import UsageError
 from models.train.trunk import TrunkCache
 
 
-class ResumeError(ValueError):
+class ResumeError(UsageError):
     """A saved state is broken, or belongs to a run with other settings or data."""
 
 

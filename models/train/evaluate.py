@@ -6,7 +6,6 @@ Invariants: the held-out rows are those that training kept aside (models/train/d
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from models.checkpoint import CheckpointError, load_heads
+from models.checkpoint import load_heads
 from models.drafters.resblock import DEFAULT_ACCURACIES, Accuracies, ResBlockHeads
-from models.source import ModelSourceError, resolve
+from models.source import resolve
 from models.train.acceptance import Tau, Text, measure_accuracies, rank_text, tau_by_nodes
+from models.train.command import run
 from models.train.data import DataError, Example, encode_rows, read_rows
-from models.train.trunk import TrunkError, check_device, forward_with_hidden, load_trunk
+from models.train.trunk import check_device, forward_with_hidden, load_trunk
 
 VALIDATION_FRACTION = 0.06
 
@@ -40,14 +40,8 @@ def held_out(examples: Sequence[Example]) -> list[int]:
 
 
 def main(argv: list[str]) -> int:
-    """Entry of `medusa-serve evaluate heads`; the exit code: 0, or 2 after one sentence on what is wrong."""
-    options = _parser().parse_args(argv)
-    try:
-        _evaluate(options, Console())
-    except (CheckpointError, DataError, ModelSourceError, TrunkError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    """Entry of `medusa-serve evaluate heads`; returns the exit code."""
+    return run(_evaluate, _parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -27,13 +26,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from models.checkpoint import save_heads
 from models.drafters.resblock import ResBlockHeads
-from models.source import ModelSourceError, resolve
+from models.source import resolve
 from models.train.acceptance import Text, measure_accuracies, rank_text, tau_by_nodes
 from models.train.card import model_card
+from models.train.command import positive, run
 from models.train.data import DataError, encode_rows, read_rows
-from models.train.distill import Distiller, Recipe, ResumeError, draft_vocabulary, teachable
+from models.train.distill import Distiller, Recipe, draft_vocabulary, teachable
 from models.train.evaluate import VALIDATION_FRACTION, held_out
-from models.train.trunk import TrunkCache, TrunkError, build_cache, check_device, end_tokens, load_trunk
+from models.train.trunk import TrunkCache, build_cache, check_device, end_tokens, load_trunk
 from models.tree import best_static_choices, expected_tau
 
 _SCORED_NODES = 8
@@ -45,20 +45,8 @@ _SECONDS_BETWEEN_SAVES = 120.0
 
 
 def main(argv: list[str]) -> int:
-    """Entry of `medusa-serve train heads`; the exit code: 0, 2 after one sentence on what is wrong, 130 if stopped."""
-    options = _parser().parse_args(argv)
-    try:
-        train(options, Console())
-    except (DataError, ModelSourceError, ResumeError, TrunkError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except OSError as error:
-        sys.stderr.write(f"error: Cannot write ({error}); give other folders as --output and --work.\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("Stopped; continue with --resume.\n")
-        return 130
-    return 0
+    """Entry of `medusa-serve train heads`; returns the exit code."""
+    return run(train, _parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,11 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for the heads")
     parser.add_argument("--work", type=Path, help="folder for the trunk's cached states (default: OUTPUT.work)")
     parser.add_argument("--name", help="what to call the base model in the card (default: MODEL)")
-    parser.add_argument("--num-heads", type=_positive, default=4)
-    parser.add_argument("--num-layers", type=_positive, default=1, help="residual blocks per head")
+    parser.add_argument("--num-heads", type=positive, default=4)
+    parser.add_argument("--num-layers", type=positive, default=1, help="residual blocks per head")
     parser.add_argument("--draft-vocab", type=int, default=8192, help="tokens that heads can guess; 0 is all")
-    parser.add_argument("--epochs", type=_positive, default=recipe.epochs)
-    parser.add_argument("--batch-size", type=_positive, default=recipe.batch_size, help="positions per step")
+    parser.add_argument("--epochs", type=positive, default=recipe.epochs)
+    parser.add_argument("--batch-size", type=positive, default=recipe.batch_size, help="positions per step")
     parser.add_argument("--lr", type=float, default=recipe.lr)
     parser.add_argument("--seed", type=int, default=recipe.seed)
     parser.add_argument("--validation-fraction", type=float, default=VALIDATION_FRACTION)
@@ -84,13 +72,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def train(options: argparse.Namespace, console: Console) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +24,11 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from models.backbone import Backbone, BackboneError
+from models.backbone import Backbone
 from models.batch import Segment, build_batch
-from models.kernels.build import KernelError
 from models.kv_pool import KVPool
-from models.source import ModelSourceError, resolve
+from models.source import resolve
+from models.train.command import positive, run
 from models.train.data import DataError, Example, encode_rows, read_rows
 
 WINDOW = 512  # tokens that are read together
@@ -63,17 +62,8 @@ class Comparison:
 
 
 def main(argv: list[str]) -> int:
-    """Entry of `medusa-serve evaluate perplexity`; the exit code: 0, or 2 after one sentence on what is wrong."""
-    options = _parser().parse_args(argv)
-    try:
-        _evaluate(options, Console())
-    except (BackboneError, DataError, KernelError, ModelSourceError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except OSError as error:
-        sys.stderr.write(f"error: Cannot write ({error}); give another file as --json.\n")
-        return 2
-    return 0
+    """Entry of `medusa-serve evaluate perplexity`; returns the exit code."""
+    return run(_evaluate, _parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,19 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="folder, hub id or GGUF file")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSONL (chats or text) or plain text files")
-    parser.add_argument("--max-tokens", type=_positive, default=20_000, help="tokens to score, from the start (20000)")
+    parser.add_argument("--max-tokens", type=positive, default=20_000, help="tokens to score, from the start (20000)")
     parser.add_argument(
         "--validation-fraction", type=float, default=1.0, help="read only what training with this fraction keeps aside"
     )
     parser.add_argument("--json", type=Path, help="write the numbers to this file, too")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> None:

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from models.errors import UsageError
 from models.train.data import Example
 
 TEACHER_RANKS = 64
 _ROWS_PER_FORWARD = 1024
 
 
-class TrunkError(ValueError):
+class TrunkError(UsageError):
     """The model or the device cannot be used; the message is one sentence that says what to do."""
 
 

@@ -93,7 +93,28 @@ class Tokenizer:
         continue_final_message: bool = False,
         template_kwargs: dict[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, by the model's chat template.
+        """Token ids of a conversation, by the model's chat template. Raises InvalidRequestError as `render` does."""
+        text = self.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> str:
+        """A conversation as text, special tokens included.
 
         Raises InvalidRequestError if there is no template, or if the template refuses these messages.
         """
@@ -117,7 +138,7 @@ class Tokenizer:
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             message = f"The model's chat template refuses these messages: {error}"
             raise InvalidRequestError(message, param="messages") from error
-        return self.encode(rendered[0], add_special_tokens=False)
+        return str(rendered[0])
 
     def _token_bytes(self, id: int) -> bytes:
         token = self._backend.id_to_token(id)

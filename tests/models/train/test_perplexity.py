@@ -9,31 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from models.backbone import Backbone
 from models.train import perplexity
 from models.train.data import Example, encode_rows, read_rows
 from models.train.perplexity import Score, compare, cut_windows, summarize
+from tests.small_models import small_llama
 
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A random llama whose sizes are whole groups of weights, so that it is quantised as the real ones are."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
     folder = tmp_path_factory.mktemp("small")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    small_llama(max_position_embeddings=2048, initializer_range=0.2, **sizes).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
 
@@ -160,7 +150,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(
     assert "no model at all is no file" in refused(capsys, "no model at all", "--data", chats)
     assert "fewer than two windows" in refused(capsys, small_model, "--data", chats, "--max-tokens", 1)
     assert "fewer than two windows" in refused(capsys, small_model, "--data", chats, "--validation-fraction", 0)
-    assert "give another file as --json" in refused(capsys, small_model, "--data", chats, "--json", tmp_path)
+    assert "give another path" in refused(capsys, small_model, "--data", chats, "--json", tmp_path)
     broken = shutil.copytree(small_model, tmp_path / "model")
     (broken / "model.safetensors").write_bytes(b"not tensors")
     assert "cannot be read" in refused(capsys, broken, "--data", chats)

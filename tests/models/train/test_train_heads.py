@@ -144,7 +144,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(
         (["--device", "nonsense"], "--device nonsense cannot be used here"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["--data", "absent.jsonl"], "Cannot read absent.jsonl"),
-        (["--output", __file__], "give other folders as --output and --work"),
+        (["--output", __file__], "give another path"),
     ],
 )
 def test_what_needs_no_model_is_said_before_it_is_looked_for(

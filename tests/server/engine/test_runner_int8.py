@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import random_heads, run, submit, tiny_llama, tokens
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from models.backbone import Backbone
 from models.checkpoint import save_heads
@@ -23,6 +23,7 @@ from server.engine.core import Engine
 from server.engine.messages import Delta, EngineConfig, SamplingParams, TokenLogprobs
 from server.engine.runner import Runner, _wants_int8
 from server.errors import StartupError
+from tests.small_models import small_llama
 
 PROMPTS = [[5, 9, 33, 7], [8] * 30, [1, 2, 3, 4, 5, 6, 7], list(range(40, 57)), [60], [11, 13, 11, 13]]
 PROMPTS += [[*PROMPTS[3], 3, 4], list(range(50, 0, -1))]
@@ -38,22 +39,8 @@ SAMPLINGS = {
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     """Of the common shape, in sizes that can be fused."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-        eos_token_id=0,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    return small_llama(eos_token_id=0, initializer_range=0.2, **sizes)
 
 
 def int8_engine(model: LlamaForCausalLM, **config: object) -> Engine:

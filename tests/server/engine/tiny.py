@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from models.backbone import Backbone
 from models.drafters.resblock import ResBlockHeads
 from server.engine.core import Engine
 from server.engine.messages import Delta, EngineConfig, SamplingParams, SpeculationParams, Submit
 from server.engine.runner import Runner
+from tests.small_models import small_llama
 
 
 def tiny_llama(vocab_size: int, *, scale: float = 1.0, seed: int = 0) -> LlamaForCausalLM:
     """Two layers; `scale` sharpens the output distribution."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        eos_token_id=0,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-        initializer_range=0.3,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = small_llama(seed=seed, vocab_size=vocab_size, intermediate_size=48, eos_token_id=0)
     model.lm_head.weight.data *= scale
     return model
 

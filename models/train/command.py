@@ -1,0 +1,35 @@
+"""What the training commands have in common: argument types, and exit codes with one sentence on what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+
+from models.errors import UsageError
+
+
+def positive(text: str) -> int:
+    """An argument type: an integer from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def run(command: Callable[[argparse.Namespace, Console], None], options: argparse.Namespace) -> int:
+    """The exit code: 0, 2 for what an operator got wrong, 130 if stopped by Ctrl-C."""
+    try:
+        command(options, Console())
+    except UsageError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(f"error: Cannot read or write ({error}); give another path.\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("Stopped; where there is --resume, it goes on from here.\n")
+        return 130
+    return 0

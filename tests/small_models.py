@@ -1,0 +1,24 @@
+"""Tiny random models of the common shape, for tests that need a real one."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def small_llama(*, seed: int = 0, **sizes: object) -> LlamaForCausalLM:
+    """Two layers, 64 tokens; weights large enough for outputs that differ. `sizes` are LlamaConfig's."""
+    torch.manual_seed(seed)
+    usual = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(usual | sizes))).eval()
