@@ -66,6 +66,7 @@ class FusedModel:
         self._inner: int = first.mlp.down_proj.in_features
         self._kept: list[object] = []  # what the structs point into
         self._pool: KVPool | None = None  # the one whose addresses they hold
+        self._num_rows = 0  # that the buffers have room for
         self._scorings = [scorings[layer.self_attn.layer_idx] for layer in trunk.layers]
         packed = [self._pack(layer) for layer in trunk.layers]
         self._layers = (cpu.LayerStruct * len(packed))(*packed)
@@ -88,13 +89,9 @@ class FusedModel:
         """As `Backbone.forward`."""
         if pool is not self._pool:
             self._point_to(pool)
-        rows, count = len(tokens), len(logit_rows)
-        wide = max(self._hidden_size, self._heads * self._dim, self._inner)
-        queries = self._heads * self._dim
-        widths = (self._hidden_size, queries + 2 * self._kv_heads * self._dim, queries, queries, self._inner)
-        space = [torch.empty(rows, width) for width in widths]
-        narrow = cpu.Rows(rows, wide)
-        buffers = cpu.BuffersStruct(*map(cpu.address, space), narrow.struct)
+        if len(tokens) > self._num_rows:
+            self._make_room(len(tokens))
+        count = len(logit_rows)
         step = cpu.step_struct(batch)
         kept = torch.empty(count, self._hidden_size)
         logits = torch.empty(count, self._struct.head.outputs)
@@ -102,7 +99,7 @@ class FusedModel:
             "medusa_forward",
             ctypes.byref(self._struct),
             ctypes.byref(step),
-            ctypes.byref(buffers),
+            ctypes.byref(self._buffers),
             cpu.address(tokens),
             cpu.address(logit_rows),
             c_int64(count),
@@ -110,6 +107,17 @@ class FusedModel:
             cpu.address(logits),
         )
         return logits[:, : self._vocab_size], kept
+
+    def _make_room(self, rows: int) -> None:
+        """Buffers for steps of up to so many rows."""
+        queries = self._heads * self._dim
+        widths = (self._hidden_size, queries + 2 * self._kv_heads * self._dim, queries, queries, self._inner)
+        self._room = (
+            [torch.empty(rows, width) for width in widths],
+            cpu.Rows(rows, max(widths[0], queries, self._inner)),
+        )
+        self._buffers = cpu.BuffersStruct(*map(cpu.address, self._room[0]), self._room[1].struct)
+        self._num_rows = rows
 
     def _point_to(self, pool: KVPool) -> None:
         self._pool = pool

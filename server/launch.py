@@ -110,7 +110,8 @@ async def _start(engine: EngineClient, metrics: Metrics, model_name: str, folder
     gc.collect()
     gc.freeze()  # what is loaded stays, and need not be looked at again while others wait
     info = engine.info
-    _tell("engine", f"{info.device} {info.dtype}, {info.num_heads} heads, context {info.max_model_len} tokens")
+    weights = info.dtype if info.quantization == "none" else f"{info.quantization} weights"
+    _tell("engine", f"{info.device}, {weights}, {info.num_heads} heads, context {info.max_model_len} tokens")
     _tell("KV cache", f"{info.kv_cache_tokens} tokens")
     _tell("ready after", f"{time.monotonic() - started:.1f} s")
     return app

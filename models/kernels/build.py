@@ -37,7 +37,7 @@ def find_compiler() -> str:
     names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
-        raise KernelError(f"There is no C compiler ({', '.join(names)}): install gcc.")
+        raise KernelError(f"There is no C compiler ({', '.join(names)}): install gcc, or set CC to a compiler's path.")
     return found
 
 

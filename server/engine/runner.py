@@ -194,7 +194,7 @@ class Runner:
         logits, hidden = logits[-len(rows) :], hidden[-len(rows) :]
         path = self._accept(work, rows, sampled, logits)
         kept = [0, *(node + 1 for node in path)]
-        self._hidden[request.id] = hidden[kept[-1]].clone()
+        self._hidden[request.id] = hidden[kept[-1]]
         emitted = (*(work.node_tokens[node] for node in path), sampled[kept[-1]])
         count = request.submit.sampling.logprobs
         logprobs = () if count is None else _logprobs(logits[kept], emitted, count)
@@ -244,7 +244,7 @@ def _wants_int8(config: EngineConfig, backbone: Backbone) -> bool:
     except KernelError as error:
         if config.quantization is not None:
             raise StartupError(f"--quantization int8 is not possible: {error}") from error
-        logger.warning("%s Until then decoding runs on torch in float32, 3 to 8 times slower.", error)
+        logger.warning("%s Until then decoding runs on torch in float32, several times slower.", error)
         return False
     return True
 
