@@ -10,6 +10,7 @@ Invariants:
 
 from server.openai.schema.chat import ChatRequest, Message
 from server.openai.schema.common import (
+    MAX_BAD_WORDS,
     MAX_CHOICES,
     MAX_LOGPROBS,
     MAX_STOPS,
@@ -23,6 +24,7 @@ from server.openai.schema.common import (
 from server.openai.schema.completion import CompletionRequest
 
 __all__ = [
+    "MAX_BAD_WORDS",
     "MAX_CHOICES",
     "MAX_LOGPROBS",
     "MAX_STOPS",

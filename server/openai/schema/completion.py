@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator
 
-from server.openai.schema.common import MAX_LOGPROBS, GenerationRequest
+from server.openai.schema.common import MAX_CHOICES, MAX_LOGPROBS, GenerationRequest
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -28,15 +28,43 @@ def _prompt(value: Any) -> str | list[int]:
     return value
 
 
+def _no_suffix(value: str) -> str:
+    if value:
+        raise ValueError("not supported: the model only continues a prompt")
+    return value
+
+
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: Annotated[
         list[str | list[int]],
         PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
-    ]
-    max_tokens: int = Field(default=16, ge=0)
-    echo: bool = False
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    best_of: int | None = None
-    suffix: str | None = None
+    ] = Field(description="A text, token ids, or a list of either; at most 1024 choices in all.")
+    max_tokens: int = Field(
+        default=16,
+        ge=0,
+        description="Most tokens of the completion; 0 computes the prompt only, see echo. Default: 16, or what fits.",
+    )
+    echo: bool = Field(
+        default=False, description="The prompt comes before the completion, also in logprobs. Default: false."
+    )
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Log-probabilities of the tokens and of so many likeliest, 0 to 20. Default: none.",
+    )
+    best_of: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="So many choices are made, and the n of the highest mean log-probability returned; n to 128, not "
+        "in streams. Default: n.",
+    )
+    suffix: Annotated[str, AfterValidator(_no_suffix)] | None = Field(
+        default=None, description="Refused: the model continues a prompt and cannot fill a gap."
+    )
+    add_special_tokens: bool = Field(
+        default=True, description="Texts get the tokenizer's special tokens, such as <s>, around them. Default: true."
+    )

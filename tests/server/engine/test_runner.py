@@ -225,6 +225,7 @@ def test_prompt_logprobs_are_the_models_own(model: LlamaForCausalLM) -> None:
         assert entry is not None
         assert entry.token_id == token
         assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert entry.rank == int((row > row[token]).sum()) + 1
         assert len(entry.top) == 2
 
 
