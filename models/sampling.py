@@ -20,10 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.masks import Mask
+from models.masks import NEG_INF, Mask
 
 NO_TOKEN = -1
-NEG_INF = float("-inf")
 NUM_CANDIDATES = 256  # rows whose truncated set is larger are processed again over the whole vocabulary
 
 
@@ -112,7 +111,8 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     masked = [i for i, row in enumerate(rows) if row.mask is not None]
     if masked:
         index = torch.tensor(masked, device=logits.device)
-        tokens[index[(logits[index] == NEG_INF).all(-1)]] = NO_TOKEN
+        best = logits[index, tokens[index]]
+        tokens[index[best == NEG_INF]] = NO_TOKEN
     return tokens
 
 
@@ -140,7 +140,7 @@ def _is_adjusted(row: Row) -> bool:
 def _adjust_row(logits: Tensor, row: Row) -> None:  # [vocab], in place
     params = row.params
     if row.mask is not None:
-        logits.masked_fill_(row.mask.always, NEG_INF)
+        logits += row.mask.always
         logits[row.mask.completing((*row.said, *row.path))] = NEG_INF
     if row.num_output < params.min_tokens and row.banned_early:
         logits[list(row.banned_early)] = NEG_INF

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.drafters.packed import PackedHeads
 from models.drafters.resblock import ResBlockHeads
 from models.masks import Mask
-from models.sampling import NEG_INF, Params, gumbel_from_keys, noise_key
+from models.sampling import Params, gumbel_from_keys, noise_key
 
 Heads = ResBlockHeads | PackedHeads
 
@@ -37,7 +37,7 @@ def propose(heads: Heads, hidden: Tensor, rows: Sequence[DraftRow], num_ranks: i
     logits = heads(hidden).float()  # [rows, heads, draft_vocab]
     for own, row in zip(logits, rows, strict=True):
         if row.mask is not None:
-            own.masked_fill_(row.mask.always[heads.token_ids], NEG_INF)
+            own += row.mask.always[heads.token_ids]
     noisy = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if noisy:
         index = torch.tensor(noisy, device=logits.device)

@@ -11,7 +11,7 @@ WORDS = [(1,), (2, 3), (2, 2, 4), (5, 2, 6), (5, 2, 7)]
 
 
 def forbidden(mask: Mask) -> list[int]:
-    return mask.always.nonzero().flatten().tolist()
+    return mask.always.isneginf().nonzero().flatten().tolist()
 
 
 def test_words_of_one_token_are_always_forbidden() -> None:
