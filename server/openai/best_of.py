@@ -6,17 +6,29 @@ the earlier.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from server.openai.generation import Generation, Piece
+from server.engine.messages import Submit
+from server.openai.generation import Generation, Piece, TextOptions
+from server.openai.service import Service
 
 
 class BestOf(Generation):
     """Of each `best_of` choices in a row, which are of one prompt, keeps `n`."""
 
-    def __init__(self, *args: Any, best_of: int, n: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        service: Service,
+        submits: Sequence[Submit],
+        options: TextOptions,
+        arrival: float,
+        echoes: Sequence[str],
+        *,
+        best_of: int,
+        n: int,
+    ) -> None:
+        super().__init__(service, submits, options, arrival, echoes)
         self._best_of = best_of
         self._n = n
 

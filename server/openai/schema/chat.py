@@ -78,6 +78,7 @@ class ChatRequest(GenerationRequest):
     )
     chat_template: str | None = Field(
         default=None,
+        min_length=1,
         description="A Jinja template instead of the model's; needs the flag --trust-request-chat-template (vLLM's). "
         "Default: the model's.",
     )

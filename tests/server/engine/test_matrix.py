@@ -119,6 +119,22 @@ def test_a_text_that_cannot_go_on_ends(plain: dict[str, Answer]) -> None:
     assert said in ([4], [8], [8, 4], [4, 8], [8, 4, 8])
 
 
+def test_typical_acceptance_obeys_the_masks(model: LlamaForCausalLM) -> None:
+    """Also at nodes after which nothing may follow, whose distribution is none."""
+    engine = tiny_engine(model, num_nodes=12)
+    for name in ("nothing left to say", "all masks", "bad_words"):
+        params = PARAMETERS[name]
+        jobs = [submit(str(seed), PROMPT, replace(params, seed=seed), "typical") for seed in range(20)]
+        for deltas in run(engine, jobs).values():
+            said = tuple(tokens(deltas))
+            assert params.allowed_token_ids is None or set(said) <= set(params.allowed_token_ids)
+            assert not any(contains(said, word) for word in params.bad_words)
+
+
+def contains(said: tuple[int, ...], word: tuple[int, ...]) -> bool:
+    return any(said[i : i + len(word)] == word for i in range(len(said)))
+
+
 def test_drafts_are_tokens_that_may_be_said(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine(model, num_nodes=3)
     drafted: set[int] = set()
