@@ -4,7 +4,8 @@ Invariants:
 - a row's token is a pure function of its logits, its request's parameters, the tokens before it and its position;
   never of the other rows, the tree or the batch;
 - every row at one position of one choice sees the same noise, so a tree's result equals one-by-one sampling;
-- order, as in vLLM: min_tokens and logit_bias, penalties, temperature, min_p, top_k, top_p, noise.
+- order, as in vLLM: masks, min_tokens and logit_bias, penalties, temperature, min_p, top_k, top_p, noise;
+- what is forbidden is never drawn; where everything is, `NO_TOKEN` is.
 
 `y = argmax(log p + g)` with Gumbel noise `g` is an exact sample of `p` (Gumbel-max trick); noise shared between drafter
 and verifier is Daliri et al., arXiv 2408.07978.
@@ -19,7 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-NEG_INF = float("-inf")
+from models.masks import NEG_INF, Mask
+
+NO_TOKEN = -1
 NUM_CANDIDATES = 256  # rows whose truncated set is larger are processed again over the whole vocabulary
 
 
@@ -85,6 +88,8 @@ class Row:
     path: tuple[int, ...] = ()  # tokens of its nodes, below what `history` has counted
     banned_early: tuple[int, ...] = ()  # impossible while num_output < min_tokens
     history: History | None = None  # present iff a penalty is set
+    mask: Mask | None = None  # present iff tokens are forbidden
+    said: tuple[int, ...] = ()  # the output above its path, as far back as `mask` looks
 
 
 def needs_history(params: Params) -> bool:
@@ -103,6 +108,11 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     if sampled:
         index = torch.tensor(sampled, device=logits.device)
         tokens[index] = _draw(logits[index], [rows[i] for i in sampled])
+    masked = [i for i, row in enumerate(rows) if row.mask is not None]
+    if masked:
+        index = torch.tensor(masked, device=logits.device)
+        best = logits[index, tokens[index]]
+        tokens[index[best == NEG_INF]] = NO_TOKEN
     return tokens
 
 
@@ -112,7 +122,7 @@ def _argmax(logits: Tensor) -> Tensor:
 
 
 def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """min_tokens, logit_bias and penalties: all that moves even the greedy choice. Copies only if there is any."""
+    """Masks, min_tokens, bias and penalties: all that moves even the greedy choice. Copies only if there is any."""
     touched = [(i, row) for i, row in enumerate(rows) if _is_adjusted(row)]
     if not touched:
         return logits
@@ -124,11 +134,14 @@ def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 def _is_adjusted(row: Row) -> bool:
     too_early = row.num_output < row.params.min_tokens and bool(row.banned_early)
-    return too_early or bool(row.params.logit_bias) or row.history is not None
+    return too_early or bool(row.params.logit_bias) or row.history is not None or row.mask is not None
 
 
 def _adjust_row(logits: Tensor, row: Row) -> None:  # [vocab], in place
     params = row.params
+    if row.mask is not None:
+        logits += row.mask.always
+        logits[row.mask.completing((*row.said, *row.path))] = NEG_INF
     if row.num_output < params.min_tokens and row.banned_early:
         logits[list(row.banned_early)] = NEG_INF
     if params.logit_bias:

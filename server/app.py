@@ -16,7 +16,14 @@ from server.openai.service import Engine, Service
 from server.text.prompt import Tokenizer
 
 
-def create_app(engine: Engine, tokenizer: Tokenizer, *, model_name: str, metrics: Metrics) -> FastAPI:
+def create_app(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    *,
+    model_name: str,
+    metrics: Metrics,
+    trust_request_chat_template: bool = False,
+) -> FastAPI:
     """The application of one started engine. `metrics.on_step` and `on_restart` are the engine's own to call."""
 
     @asynccontextmanager
@@ -25,7 +32,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, *, model_name: str, metrics
         await engine.stop()
 
     app = FastAPI(title="medusa-serve", version=__version__, lifespan=lifespan, responses=faults.DOCUMENTED)
-    app.state.service = Service(engine, tokenizer, metrics, model_name)
+    app.state.service = Service(engine, tokenizer, metrics, model_name, trust_request_chat_template)
     faults.install(app)
     for room in (completions, chat, models, ops):
         app.include_router(room.router)

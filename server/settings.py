@@ -75,6 +75,9 @@ class Settings(BaseSettings):
         None, ge=1, description="requests at a time from which none get guesses unless they ask; by default 2 on a CPU"
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; by default all cores")
+    trust_request_chat_template: bool = Field(
+        False, description="allow requests to bring a chat_template, which can keep a core busy"
+    )
     log_level: LogLevel = Field("info", description="how much is logged")
 
     @classmethod

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.drafters.packed import PackedHeads
 from models.drafters.resblock import ResBlockHeads
+from models.masks import Mask
 from models.sampling import Params, gumbel_from_keys, noise_key
 
 Heads = ResBlockHeads | PackedHeads
@@ -25,6 +26,7 @@ class DraftRow:
 
     params: Params
     position: int
+    mask: Mask | None = None
 
 
 def propose(heads: Heads, hidden: Tensor, rows: Sequence[DraftRow], num_ranks: int) -> list[list[list[int]]]:
@@ -33,6 +35,9 @@ def propose(heads: Heads, hidden: Tensor, rows: Sequence[DraftRow], num_ranks: i
     hidden: [rows, hidden] of each request's last accepted row. Returns [rows][depth][rank] token ids, best first.
     """
     logits = heads(hidden).float()  # [rows, heads, draft_vocab]
+    for own, row in zip(logits, rows, strict=True):
+        if row.mask is not None:
+            own += row.mask.always[heads.token_ids]
     noisy = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if noisy:
         index = torch.tensor(noisy, device=logits.device)

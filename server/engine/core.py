@@ -173,13 +173,16 @@ class Engine:
         if request.first_token_time is None:
             request.first_token_time = self._clock()
         tokens, finish = self._append(request, outcome.token_ids)
+        stop_token_id = tokens[-1] if finish == "stop" else None
+        if finish is None and outcome.is_over:
+            finish = "stop"
         work.num_accepted = min(len(outcome.path), len(tokens))  # what lies beyond the end was of no use
         if work.node_tokens:
             request.speculation.add(len(work.node_tokens), work.num_accepted)
         delta = Delta(request.id, tokens, outcome.logprobs[: len(tokens)], prompt_logprobs)
         if finish is None:
             return delta
-        return self._end(request, replace(delta, stop_token_id=tokens[-1] if finish == "stop" else None), finish)
+        return self._end(request, replace(delta, stop_token_id=stop_token_id), finish)
 
     def _append(self, request: Request, token_ids: Sequence[int]) -> tuple[tuple[int, ...], FinishReason | None]:
         """Append tokens until one of them ends the request; later ones never were."""

@@ -52,6 +52,8 @@ class SamplingParams:
     choice: int = 0  # index of this choice in an `n > 1` request; part of the noise key, so choices differ
     logprobs: int | None = None  # alternatives per sampled token; 0 is the sampled token alone; None is off
     prompt_logprobs: int | None = None  # the same for prompt tokens
+    allowed_token_ids: tuple[int, ...] | None = None  # all others are impossible; None is off
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output never contains
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class TokenLogprobs:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]  # (token id, logprob), best first
+    rank: int | None = None  # of a prompt token among all tokens, from 1; None for sampled tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,7 @@ class Delta(_Compact):
     logprobs: tuple[TokenLogprobs, ...] = ()  # as many as token_ids if asked for, else empty
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, when the prompt is computed; first is None
     finish: FinishReason | None = None
-    stop_token_id: int | None = None  # the token that ended it; it is the last of token_ids
+    stop_token_id: int | None = None  # the token that ended it, the last of token_ids; None if nothing could follow
     error: str | None = None  # a sentence, with finish == "error"
     stats: RequestStats | None = None  # with finish
 

@@ -148,6 +148,7 @@ class Outcome:
     """What the runner found for one `Work`. Nothing at all for a chunk that does not reach the end."""
 
     token_ids: tuple[int, ...] = ()  # accepted tokens, then the bonus
-    path: tuple[int, ...] = ()  # accepted nodes; one fewer than token_ids
+    path: tuple[int, ...] = ()  # accepted nodes; one fewer than token_ids, or as many if it is over
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens after each chain row, as far as known
+    is_over: bool = False  # nothing may follow: there is no bonus token

@@ -27,12 +27,14 @@ from models.drafters.resblock import DEFAULT_ACCURACIES, ResBlockHeads
 from models.kernels.build import KernelError
 from models.kernels.cpu import kernels, take_seconds
 from models.kv_pool import KVPool
+from models.masks import Mask
 from models.probe import BackboneError
 from models.sampling import History, Row
 from models.tree import Tree, best_static_choices, tree_from_choices
 from server.engine.core import TreeShape
 from server.engine.messages import EngineConfig, ModelInfo, TokenLogprobs
 from server.engine.request import Outcome, Request, Work
+from server.engine.scores import score
 from server.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Runner:
         )
         self._hidden: dict[str, Tensor] = {}  # request id -> [hidden]
         self._histories: dict[str, History] = {}
+        self._masks: dict[str, Mask] = {}
 
     @classmethod
     def load(cls, config: EngineConfig) -> Runner:
@@ -93,6 +96,7 @@ class Runner:
     def forget(self, request: Request) -> None:
         self._hidden.pop(request.id, None)
         self._histories.pop(request.id, None)
+        self._masks.pop(request.id, None)
 
     @torch.inference_mode()
     def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[TreeShape]:
@@ -101,7 +105,7 @@ class Runner:
             return []
         assert self.heads is not None
         hidden = torch.stack([self._hidden[request.id] for request in requests])
-        rows = [DraftRow(request.submit.sampling, len(request.tokens)) for request in requests]
+        rows = [DraftRow(request.submit.sampling, len(request.tokens), self._mask(request)) for request in requests]
         accuracies = (self.heads.accuracies or DEFAULT_ACCURACIES)[: self.heads.num_heads]
         num_ranks = min(max(map(len, accuracies)), len(self.heads.token_ids))
         candidates = propose(self.heads, hidden, rows, num_ranks)
@@ -165,11 +169,23 @@ class Runner:
         if not work.reaches_end:
             return []
         tree = Tree(work.node_tokens, work.node_parents)
-        params, history = request.submit.sampling, self._history(request)
+        params, history, mask = request.submit.sampling, self._history(request), self._mask(request)
+        said = (
+            () if mask is None else tuple(request.tokens[max(request.num_prompt, len(request.tokens) - mask.reach) :])
+        )
         banned = (*self.backbone.eos_token_ids, *params.stop_token_ids)
         paths = [(), *(tuple(tree.tokens[i] for i in tree.path(node)) for node in range(len(tree)))]
         return [
-            Row(params, len(request.tokens) + len(path), request.num_output + len(path), path, banned, history)
+            Row(
+                params,
+                len(request.tokens) + len(path),
+                request.num_output + len(path),
+                path,
+                banned,
+                history,
+                mask,
+                said,
+            )
             for path in paths
         ]
 
@@ -183,6 +199,16 @@ class Runner:
         history.extend(request.tokens)
         return history
 
+    def _mask(self, request: Request) -> Mask | None:
+        params = request.submit.sampling
+        if params.allowed_token_ids is None and not params.bad_words:
+            return None
+        mask = self._masks.get(request.id)
+        if mask is None:
+            mask = Mask(self.backbone.vocab_size, params.allowed_token_ids, params.bad_words, self.device)
+            self._masks[request.id] = mask
+        return mask
+
     def _outcome(
         self, work: Work, rows: Sequence[Row], sampled: Sequence[int], logits: Tensor, hidden: Tensor
     ) -> Outcome:
@@ -195,10 +221,12 @@ class Runner:
         path = self._accept(work, rows, sampled, logits)
         kept = [0, *(node + 1 for node in path)]
         self._hidden[request.id] = hidden[kept[-1]]
-        emitted = (*(work.node_tokens[node] for node in path), sampled[kept[-1]])
+        bonus = sampled[kept[-1]]
+        is_over = bonus == sampling.NO_TOKEN
+        emitted = (*(work.node_tokens[node] for node in path), *([] if is_over else [bonus]))
         count = request.submit.sampling.logprobs
-        logprobs = () if count is None else _logprobs(logits[kept], emitted, count)
-        return Outcome(emitted, path, logprobs, prompt_logprobs)
+        logprobs = () if count is None else score(logits[kept[: len(emitted)]], emitted, count)
+        return Outcome(emitted, path, logprobs, prompt_logprobs, is_over)
 
     def _accept(self, work: Work, rows: Sequence[Row], sampled: Sequence[int], logits: Tensor) -> tuple[int, ...]:
         """The surviving nodes, by the request's own rule."""
@@ -222,7 +250,7 @@ class Runner:
         if request.prompt_logprobs is None or count is None:
             return ()
         ahead = request.tokens[work.start + 1 : min(work.start + work.num_chain + 1, request.num_prompt)]
-        return _logprobs(logits[: len(ahead)], ahead, count)
+        return score(logits[: len(ahead)], ahead, count, ranked=True)
 
     def _max_depth(self, request: Request) -> int:
         """Nodes deeper than this could not be emitted, and might lie beyond the model's context."""
@@ -280,17 +308,6 @@ def _scored_rows(work: Work, start: int) -> list[int]:
 def _tensor(slots: array[int]) -> Tensor:
     """[slots] int64. A copy: an array whose buffer is lent cannot grow."""
     return torch.frombuffer(slots, dtype=torch.int64).clone() if slots else torch.empty(0, dtype=torch.int64)
-
-
-def _logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> tuple[TokenLogprobs, ...]:
-    """logits: [tokens, vocab], raw. The log-probability of each token, and of the `count` likeliest."""
-    if not tokens:
-        return ()
-    logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1)).flatten().tolist()
-    values, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
-    tops = [tuple(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
-    return tuple(TokenLogprobs(t, c, top) for t, c, top in zip(tokens, chosen, tops, strict=True))
 
 
 def _device(name: str) -> torch.device:

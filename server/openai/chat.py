@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from server.engine.messages import Submit
 from server.errors import InvalidRequestError
 from server.openai.generation import Generation, Piece, TextOptions
-from server.openai.logprobs import chat_logprobs
+from server.openai.logprobs import chat_logprobs, prompt_logprobs
 from server.openai.params import build_submits, check_stream_options
 from server.openai.reply import Reply
 from server.openai.schema import ChatRequest, Message
@@ -30,12 +32,18 @@ async def create_chat_completion(request: ChatRequest, http: Request, service: S
     _check(request)
     service.check_ready()
     reply_id = f"chatcmpl-{uuid.uuid4().hex}"
-    submits = await asyncio.to_thread(_prepare, request, service, reply_id)
+    submits, echo = await asyncio.to_thread(_prepare, request, service, reply_id)
     service.metrics.params_n.observe(request.n)
-    options = TextOptions(tuple(request.stop), request.include_stop_str_in_output, request.skip_special_tokens)
-    generation = Generation(service, submits, options, arrival)
+    options = TextOptions(
+        tuple(request.stop),
+        request.include_stop_str_in_output,
+        request.skip_special_tokens,
+        token_ids=request.return_token_ids,
+    )
+    generation = Generation(service, submits, options, arrival, [echo] * len(submits))
     shape = ChatShape(service.tokenizer, has_logprobs=request.logprobs)
-    return await Reply(reply_id, service.model_name, generation, shape).respond(http, request)
+    extra = partial(_extra, request, service.tokenizer, submits[0].prompt)
+    return await Reply(reply_id, service.model_name, generation, shape, extra=extra).respond(http, request)
 
 
 def _check(request: ChatRequest) -> None:
@@ -48,22 +56,63 @@ def _check(request: ChatRequest) -> None:
         )
 
 
-def _prepare(request: ChatRequest, service: Service, reply_id: str) -> list[Submit]:
+def _prepare(request: ChatRequest, service: Service, reply_id: str) -> tuple[list[Submit], str]:
+    """The submits, and what every choice says first."""
+    _check_template(request, service)
     prompt = service.tokenizer.chat_prompt(
         [_turn(message) for message in request.messages],
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
-        template_kwargs=request.chat_template_kwargs,
+        template_kwargs=(request.chat_template_kwargs or {}) | _variables(request),
+        template=request.chat_template,
+        add_special_tokens=request.add_special_tokens,
     )
-    return build_submits(
+    submits = build_submits(
         request,
         service.engine.info,
         [prompt],
         reply_id,
+        tokenizer=service.tokenizer,
         param="messages",
         max_tokens=request.max_completion_tokens or request.max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
+    last = request.messages[-1]
+    continues = last.role == "assistant" or request.continue_final_message
+    return submits, (last.content or "") if request.echo and continues else ""
+
+
+def _check_template(request: ChatRequest, service: Service) -> None:
+    """Raises InvalidRequestError for a template that is not trusted, and for variables that no template would read."""
+    if request.chat_template is not None and not service.trust_request_chat_template:
+        raise InvalidRequestError(
+            "This server was started without --trust-request-chat-template: leave chat_template out.",
+            param="chat_template",
+        )
+    known = service.tokenizer.template_variables(request.chat_template)
+    for name in _variables(request):
+        if name not in known:
+            raise InvalidRequestError(
+                f"{name} is not supported: the model's chat template has no such variable.", param=name
+            )
+
+
+def _variables(request: ChatRequest) -> dict[str, Any]:
+    """Fields that are variables of the chat template."""
+    fields = {name: getattr(request, name) for name in ("documents", "reasoning_effort", "verbosity")}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _extra(
+    request: ChatRequest, tokenizer: Tokenizer, prompt: Sequence[int], pieces: Sequence[Piece]
+) -> dict[str, Any]:
+    """vLLM's additions, which are said once for all choices."""
+    extra: dict[str, Any] = {}
+    if request.return_token_ids:
+        extra["prompt_token_ids"] = prompt
+    if request.prompt_logprobs is not None and pieces:
+        extra["prompt_logprobs"] = prompt_logprobs(tokenizer, pieces[0].prompt_logprobs or (), request.prompt_logprobs)
+    return extra
 
 
 def _turn(message: Message) -> dict[str, Any]:
@@ -101,4 +150,5 @@ class ChatShape:
             "logprobs": chat_logprobs(self._tokenizer, piece.tokens) if self._has_logprobs and piece.tokens else None,
             "finish_reason": piece.finish,
             "stop_reason": piece.stop_reason,
+            **({} if piece.token_ids is None else {"token_ids": piece.token_ids}),
         }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from server.engine.messages import Delta, FinishReason, RequestStats, Submit, TokenLogprobs
@@ -31,6 +31,8 @@ class TextOptions:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    scores_prompt: bool = False  # the prompt's log-probabilities come before the tokens' own
+    token_ids: bool = False  # pieces tell their token ids
 
 
 @dataclass(slots=True)
@@ -42,15 +44,17 @@ class Piece:
     tokens: tuple[Scored, ...] = ()
     finish: Literal["stop", "length"] | None = None
     stop_reason: str | int | None = None
+    token_ids: tuple[int, ...] | None = None  # if asked for
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # if asked for; once
 
     @property
     def is_text(self) -> bool:
         """Is there nothing else to say?"""
-        return self.finish is None and not self.tokens
+        return self.finish is None and not self.tokens and self.token_ids is None
 
 
 class Choice:
-    """One submit. `echo` is said before its text; with `prompt_logprobs` the prompt's tokens come before its tokens."""
+    """One submit. `echo` is said before its text."""
 
     def __init__(
         self, service: Service, submit: Submit, index: int, options: TextOptions, arrival: float, echo: str = ""
@@ -60,7 +64,7 @@ class Choice:
         self.num_tokens = 0
         self.stats: RequestStats | None = None
         self._engine = service.engine
-        self._include_stop = options.include_stop
+        self._options = options
         self._detokenizer = Detokenizer(
             service.tokenizer,
             stop=options.stop,
@@ -71,7 +75,15 @@ class Choice:
         self._timer = RequestTimer(service.metrics, arrival, len(submit.prompt), submit.sampling.max_tokens)
         self._text = echo  # not shown yet, like the tokens
         self._tokens: list[Scored] = []
+        self._token_ids: list[int] = []
+        self._prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+        self._logprob = 0.0  # of all tokens so far
         self._end: FinishReason = "abort"
+
+    @property
+    def mean_logprob(self) -> float:
+        """Log-probability per token; 0 without tokens."""
+        return self._logprob / max(self.num_tokens, 1)
 
     async def run(self) -> AsyncGenerator[Piece, None]:
         """Raises EngineDeadError and MedusaError."""
@@ -107,13 +119,18 @@ class Choice:
         self.num_tokens += count
         self._text += text
         if delta.prompt_logprobs is not None:
-            self._tokens += zip(self.submit.prompt, delta.prompt_logprobs, strict=True)
+            self._prompt_logprobs = delta.prompt_logprobs
+            if self._options.scores_prompt:
+                self._tokens += zip(self.submit.prompt, delta.prompt_logprobs, strict=True)
         self._tokens += [(scored.token_id, scored) for scored in delta.logprobs[:count]]
+        self._logprob += sum([scored.logprob for scored in delta.logprobs[:count]])
+        if self._options.token_ids:
+            self._token_ids += delta.token_ids[:count]
         return self._show(delta)
 
     def _detokenize(self, delta: Delta) -> tuple[str, int]:
         """Text that is safe to show, and how many of the tokens count. A token that ended the text counts unseen."""
-        hidden = delta.stop_token_id is not None and not self._include_stop
+        hidden = delta.stop_token_id is not None and not self._options.include_stop
         before = self._detokenizer.num_tokens
         text = self._detokenizer.push(delta.token_ids[:-1] if hidden else delta.token_ids)
         if delta.finish is not None:
@@ -128,8 +145,9 @@ class Choice:
             return None
         if finish is not None:
             self._end = finish
-        piece = Piece(self.index, self._text, tuple(self._tokens), finish, reason)
-        self._text, self._tokens = "", []
+        token_ids = tuple(self._token_ids) if self._options.token_ids else None
+        piece = Piece(self.index, self._text, tuple(self._tokens), finish, reason, token_ids, self._prompt_logprobs)
+        self._text, self._tokens, self._token_ids, self._prompt_logprobs = "", [], [], None
         return piece
 
     def _finish(self, delta: Delta) -> tuple[Literal["stop", "length"] | None, str | int | None]:
@@ -182,7 +200,14 @@ class Generation:
 def _join(parts: Sequence[Piece]) -> Piece:
     text = "".join(part.text for part in parts)
     tokens = tuple(token for part in parts for token in part.tokens)
-    return Piece(parts[-1].index, text, tokens, parts[-1].finish, parts[-1].stop_reason)
+    has_ids = parts[-1].token_ids is not None
+    return replace(
+        parts[-1],
+        text=text,
+        tokens=tokens,
+        token_ids=tuple(id for part in parts for id in part.token_ids or ()) if has_ids else None,
+        prompt_logprobs=parts[0].prompt_logprobs,
+    )
 
 
 async def merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:

@@ -19,8 +19,9 @@ class CompletionLogprobs:
     A token that begins within a character has the offset of that character's end so far; unseen tokens have no width.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_top: int, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
+        self._num_top = num_top
         self._skip_special_tokens = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
@@ -40,7 +41,7 @@ class CompletionLogprobs:
     def _top(self, scored: TokenLogprobs) -> dict[str, float]:
         """Alternatives by text, the sampled token always among them; of tokens that look alike, the likeliest."""
         top: dict[str, float] = {}
-        for token_id, logprob in (*scored.top, (scored.token_id, scored.logprob)):
+        for token_id, logprob in (*scored.top[: self._num_top], (scored.token_id, scored.logprob)):
             top.setdefault(self._tokenizer.token_text(token_id), _finite(logprob))
         return top
 
@@ -49,6 +50,23 @@ class CompletionLogprobs:
         for piece in pieces:
             self._is_first = False
             self._offset += len(self._utf8.decode(piece))
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, entries: Iterable[TokenLogprobs | None], num_top: int
+) -> list[dict[str, Any] | None]:
+    """vLLM's shape: for each prompt token the token itself and so many likeliest, by id. Nothing precedes the first."""
+    return [None if entry is None else _candidates(tokenizer, entry, num_top) for entry in entries]
+
+
+def _candidates(tokenizer: Tokenizer, entry: TokenLogprobs, num_top: int) -> dict[str, Any]:
+    candidates = [(entry.token_id, entry.logprob, entry.rank)]
+    candidates += [(id, logprob, rank) for rank, (id, logprob) in enumerate(entry.top[:num_top], 1)]
+    found: dict[str, Any] = {}
+    for id, logprob, rank in candidates:
+        shown = {"logprob": _finite(logprob), "rank": rank, "decoded_token": tokenizer.token_text(id)}
+        found.setdefault(str(id), shown)
+    return found
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[Scored]) -> dict[str, Any]:

@@ -11,10 +11,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from server.engine.messages import ModelInfo, SamplingParams, SpeculationParams, Submit
 from server.errors import ContextLengthError, InvalidRequestError
 from server.openai.schema import GenerationRequest, SpeculationOptions
+from server.openai.words import bad_words, check_possible
+from server.text.prompt import Tokenizer
 
 MIN_TEMPERATURE = 1e-5  # below it, greedy, as in vLLM: the scaled logits would overflow
 MAX_LOGIT_BIAS = 1024  # entries; each costs time at every node of the tree
@@ -26,35 +29,58 @@ def build_submits(
     prompts: Sequence[Sequence[int]],
     request_id: str,
     *,
+    tokenizer: Tokenizer,
     param: str,
     max_tokens: int | None,
     default_max_tokens: int | None = None,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    num_choices: int | None = None,
 ) -> list[Submit]:
-    """`n` submits for each prompt, in the order of their index. `param` is the field that the prompts came in.
+    """`num_choices` or else `n` submits for each prompt, in the order of their index.
 
-    Without `max_tokens` a completion may have `default_max_tokens`, and without either all that fit.
+    `param` is the field that the prompts came in. Without `max_tokens` a completion may have `default_max_tokens`, and
+    without either all that fit. Of `prompt_logprobs` and the request's own the larger is asked of the engine.
     """
-    same = replace(_sampling_params(request, info), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    counts = [count for count in (prompt_logprobs, request.prompt_logprobs) if count is not None]
+    same = replace(
+        _sampling_params(request, info, tokenizer), logprobs=logprobs, prompt_logprobs=max(counts, default=None)
+    )
     speculation = speculation_params(request.speculation)
     submits: list[Submit] = []
-    for prompt in prompts:
+    for whole in prompts:
+        prompt = _truncated(whole, request.truncate_prompt_tokens, info, max_tokens, default_max_tokens)
         limit = _token_limit(len(prompt), max_tokens, default_max_tokens, info.max_model_len, param)
         if request.min_tokens > limit:
             raise InvalidRequestError(
                 f"min_tokens is {request.min_tokens}, but at most {limit} tokens can be generated.", param="min_tokens"
             )
-        for choice in range(request.n):
+        for choice in range(num_choices or request.n):
             sampling = replace(same, max_tokens=limit, choice=choice)
             name = f"{request_id}-{len(submits)}"
             submits.append(Submit(name, tuple(prompt), sampling, speculation, request.priority))
     return submits
 
 
-def _sampling_params(request: GenerationRequest, info: ModelInfo) -> SamplingParams:
+def _truncated(
+    prompt: Sequence[int], keep: int | None, info: ModelInfo, max_tokens: int | None, default_max_tokens: int | None
+) -> Sequence[int]:
+    """The last `keep` tokens; -1 are as many as leave room for the completion."""
+    if keep == -1:
+        room = default_max_tokens or 1 if max_tokens is None else max_tokens
+        keep = max(info.max_model_len - room, 1)
+    if keep == 0:
+        raise InvalidRequestError("truncate_prompt_tokens must leave a token.", param="truncate_prompt_tokens")
+    return prompt if keep is None else prompt[-keep:]
+
+
+def _sampling_params(request: GenerationRequest, info: ModelInfo, tokenizer: Tokenizer) -> SamplingParams:
     """What all choices of all prompts have in common."""
+    allowed, words = request.allowed_token_ids, bad_words(request.bad_words, tokenizer)
     check_token_ids(request.stop_token_ids, info, "stop_token_ids")
+    check_token_ids(allowed or (), info, "allowed_token_ids")
+    check_token_ids(chain.from_iterable(words), info, "bad_words")
+    check_possible(request, words, info)
     return SamplingParams(
         max_tokens=0,
         min_tokens=request.min_tokens,
@@ -69,12 +95,16 @@ def _sampling_params(request: GenerationRequest, info: ModelInfo) -> SamplingPar
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
         seed=secrets.randbits(63) if request.seed is None else request.seed,
+        allowed_token_ids=None if allowed is None else tuple(allowed),
+        bad_words=words,
     )
 
 
 def check_stream_options(request: GenerationRequest) -> None:
-    """Options that only streams can honour are refused elsewhere."""
+    """Options that only streams can honour are refused elsewhere, and those that streams cannot, there."""
     options = request.stream_options
+    if request.stream and request.prompt_logprobs is not None:
+        raise InvalidRequestError("prompt_logprobs cannot be streamed: leave out stream.", param="prompt_logprobs")
     if options is None:
         return
     if not request.stream:

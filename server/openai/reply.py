@@ -8,7 +8,7 @@ Invariants:
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import cache
@@ -56,6 +56,7 @@ class Reply:
     generation: Generation
     shape: Shape
     created: int = field(default_factory=lambda: int(time.time()))
+    extra: Callable[[Sequence[Piece]], Json] = lambda pieces: {}  # said once: with all pieces, or in the first chunk
 
     async def respond(self, http: Request, request: GenerationRequest) -> Response:
         """The response to `request`, which came by `http`."""
@@ -72,6 +73,7 @@ class Reply:
         return {
             **self._header(self.shape.object),
             "choices": [self.shape.choice(piece) for piece in pieces],
+            **self.extra(pieces),
             "usage": self._usage(),
             "metrics": self._metrics(),
         }
@@ -87,10 +89,12 @@ class Reply:
         def template(index: int) -> EventTemplate:
             return EventTemplate(lambda text: chunk(self.shape.chunk(Piece(index, text))))
 
+        extra = self.extra(())
         for choice in self.generation.choices:
             opening = self.shape.opening(choice.index)
             if opening is not None:
-                yield event(chunk(opening))
+                yield event({**chunk(opening), **extra})
+                extra = {}
         num_open = len(self.generation.choices)
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:

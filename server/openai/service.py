@@ -41,6 +41,7 @@ class Service:
     tokenizer: Tokenizer
     metrics: Metrics
     model_name: str
+    trust_request_chat_template: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_ready(self) -> None:

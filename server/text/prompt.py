@@ -12,17 +12,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from server.errors import InvalidRequestError, StartupError
 
 _OURS = {"messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message"}
+
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
 
 class Tokenizer:
@@ -85,26 +87,16 @@ class Tokenizer:
         """`token_bytes` as text, its leading space included."""
         return self.token_bytes(id).decode("utf-8", "replace")
 
-    def chat_prompt(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: dict[str, Any] | None = None,
-    ) -> list[int]:
-        """Token ids of a conversation, by the model's chat template. Raises InvalidRequestError as `render` does."""
-        text = self.render(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            template_kwargs=template_kwargs,
-        )
-        return self.encode(text, add_special_tokens=False)
-
     @property
     def has_template(self) -> bool:
+        """Whether the model is a chat model."""
         return self._template is not None
+
+    def chat_prompt(
+        self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any
+    ) -> list[int]:
+        """Token ids of a conversation; arguments and errors are those of `render`."""
+        return self.encode(self.render(messages, **options), add_special_tokens=add_special_tokens)
 
     def render(
         self,
@@ -113,12 +105,14 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: dict[str, Any] | None = None,
+        template: str | None = None,
     ) -> str:
-        """A conversation as text, special tokens included.
+        """A conversation as text, special tokens included, by the model's chat template or the one given.
 
         Raises InvalidRequestError if there is no template, or if the template refuses these messages.
         """
-        if self._template is None:
+        template = template or self._template
+        if template is None:
             raise InvalidRequestError(
                 "This model has no chat template: use /v1/completions, or put a chat_template.jinja into its folder."
             )
@@ -130,15 +124,19 @@ class Tokenizer:
         try:
             rendered, _ = render_jinja_template(
                 [messages],
-                chat_template=self._template,
+                chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 **(self._special | extra),
             )
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
+        except _TEMPLATE_ERRORS as error:
             message = f"The model's chat template refuses these messages: {error}"
             raise InvalidRequestError(message, param="messages") from error
         return str(rendered[0])
+
+    def template_variables(self, template: str | None = None) -> frozenset[str]:
+        """Names that the model's chat template, or the one given, expects to be told. Empty if it cannot be read."""
+        return _variables(template or self._template or "")
 
     def _token_bytes(self, id: int) -> bytes:
         token = self._backend.id_to_token(id)
@@ -163,6 +161,18 @@ class Tokenizer:
         """Decoders of the sentencepiece family strip one space at the start of a text."""
         strips = piece.startswith(b" ") and self._raw_text(id) != piece.decode("utf-8", "replace")
         return piece[1:] if strips else piece
+
+
+@lru_cache(maxsize=64)
+def _variables(template: str) -> frozenset[str]:
+    """Undeclared names of a template. `generation` blocks, which transformers adds to Jinja, are plain text here."""
+    source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+    try:
+        return frozenset(
+            meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source))
+        )
+    except (TemplateError, RecursionError):
+        return frozenset()
 
 
 def _decoder_types(decoder: dict[str, Any] | None) -> Iterable[str]:

@@ -14,6 +14,11 @@ def exact_distribution(
 ) -> list[float]:
     """p(next token) after `prompt` and `output`, by the documented order of rules."""
     scores = list(logits)
+    if params.allowed_token_ids is not None:
+        scores = [score if token in params.allowed_token_ids else -math.inf for token, score in enumerate(scores)]
+    for *start, last in params.bad_words:
+        if not start or list(output)[-len(start) :] == start:
+            scores[last] = -math.inf
     if len(output) < params.min_tokens:
         for token in (*eos, *params.stop_token_ids):
             scores[token] = -math.inf

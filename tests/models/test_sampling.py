@@ -11,7 +11,8 @@ from exact import exact_distribution
 from scipy import stats
 
 from models import sampling
-from models.sampling import History, Row, gumbel_from_keys, log_distribution, needs_history, noise_key, sample
+from models.masks import Mask
+from models.sampling import NO_TOKEN, History, Row, gumbel_from_keys, log_distribution, needs_history, noise_key, sample
 from server.engine.messages import SamplingParams
 
 VOCAB = 40
@@ -34,6 +35,8 @@ SETTINGS = {
     "repetition": SamplingParams(9, repetition_penalty=1.7),
     "bias": SamplingParams(9, logit_bias=((4, 3.0), (6, -100.0))),
     "min_tokens": SamplingParams(9, min_tokens=8, stop_token_ids=(12,)),
+    "allowed": SamplingParams(9, temperature=1.2, top_p=0.9, allowed_token_ids=(0, 3, 7, 9, 12), min_tokens=8),
+    "bad words": SamplingParams(9, bad_words=((4,), (7, 8), (7, 7, 9), (5, 7, 7, 20), (20, 7, 3), (3, 5, 7, 7, 1))),
     "everything": SamplingParams(
         9,
         min_tokens=5,
@@ -45,6 +48,8 @@ SETTINGS = {
         frequency_penalty=-0.3,
         repetition_penalty=1.2,
         logit_bias=((7, 2.0),),
+        allowed_token_ids=tuple(range(30)),
+        bad_words=((7, 7), (9, 9)),
     ),
 }
 
@@ -55,7 +60,11 @@ def row(params: SamplingParams, path: tuple[int, ...] = (), **changes: object) -
         history = History(VOCAB, len(PROMPT), torch.device("cpu"))
         history.extend(PROMPT + OUTPUT)
     num_output = len(OUTPUT) + len(path)
-    made = Row(params, len(PROMPT) + num_output, num_output, path, (*EOS, *params.stop_token_ids), history)
+    mask, said = None, ()
+    if params.allowed_token_ids is not None or params.bad_words:
+        mask = Mask(VOCAB, params.allowed_token_ids, params.bad_words, torch.device("cpu"))
+        said = tuple(OUTPUT[max(len(OUTPUT) - mask.reach, 0) :])
+    made = Row(params, len(PROMPT) + num_output, num_output, path, (*EOS, *params.stop_token_ids), history, mask, said)
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
@@ -151,3 +160,10 @@ def test_frequencies_follow_the_distribution() -> None:
 def test_entropy_ignores_impossible_tokens() -> None:
     half = torch.tensor([[math.log(0.5), math.log(0.5), -math.inf]])
     assert float(sampling.entropy(half)) == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("params", [SamplingParams(9, temperature=0), SamplingParams(9), SamplingParams(9, top_p=0.5)])
+def test_where_everything_is_forbidden_no_token_is_drawn(params: SamplingParams) -> None:
+    """Only the rows concerned: `7 7` is forbidden after 7, and nothing but 7 is allowed."""
+    params = replace(params, allowed_token_ids=(7,), bad_words=((7, 7),))
+    assert sample(logits(2), [row(params, (9,)), row(params)]).tolist() == [7, NO_TOKEN]

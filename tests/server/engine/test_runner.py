@@ -130,6 +130,8 @@ LAWS = {
     "logit_bias": replace(OPEN, logit_bias=((2, 1.3), (4, -2.0))),
     "min_tokens": SamplingParams(LENGTH, min_tokens=2),
     "stop_token_ids": SamplingParams(LENGTH, stop_token_ids=(3,), ignore_eos=True),
+    "allowed_token_ids": replace(OPEN, allowed_token_ids=(0, 2, 3, 5), temperature=1.3),
+    "bad_words": replace(OPEN, bad_words=((1,), (2, 2), (3, 4), (5, 2, 3))),
     "all": SamplingParams(LENGTH, 2, 1.2, 0.95, 5, 0.02, 0.3, 0.2, 1.1, ((1, 0.5),), (3,)),
 }
 PROMPT = [3, 1, 4]
@@ -223,6 +225,7 @@ def test_prompt_logprobs_are_the_models_own(model: LlamaForCausalLM) -> None:
         assert entry is not None
         assert entry.token_id == token
         assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert entry.rank == int((row > row[token]).sum()) + 1
         assert len(entry.top) == 2
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from scripted import VOCAB, ScriptedEngine
+from scripted import EOS, VOCAB, ScriptedEngine
 
 from server.engine.messages import SamplingParams, SpeculationParams
 
@@ -80,6 +80,19 @@ BAD = [
     ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
     ({"logit_bias": {str(VOCAB): 1}}, "logit_bias"),
     ({"stop_token_ids": [VOCAB]}, "stop_token_ids"),
+    ({"allowed_token_ids": []}, "allowed_token_ids"),
+    ({"allowed_token_ids": [VOCAB]}, "allowed_token_ids"),
+    ({"allowed_token_ids": [97], "bad_words": ["a"]}, "allowed_token_ids"),
+    ({"allowed_token_ids": [EOS], "min_tokens": 1}, "allowed_token_ids"),
+    ({"bad_words": [""]}, "bad_words[0]"),
+    ({"bad_words": ["a"] * 1025}, "bad_words"),
+    ({"bad_words": "a"}, "bad_words"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
+    ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
     ({"stop": ""}, "stop[0]"),
     ({"stop": ["x"] * 17}, "stop"),
     ({"min_tokens": 17, "max_tokens": 16}, "min_tokens"),
@@ -122,7 +135,10 @@ async def test_refused(client: httpx.AsyncClient, engine: ScriptedEngine, route:
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "logprobs": True}, "logprobs"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
-        ({"prompt": "a", "best_of": 2}, "best_of"),
+        ({"prompt": "a", "best_of": 1, "n": 2}, "best_of"),
+        ({"prompt": "a", "best_of": 129}, "best_of"),
+        ({"prompt": "a", "best_of": 2, "stream": True}, "best_of"),
+        ({"prompt": ["a"] * 100, "best_of": 100}, "prompt"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
     ],
 )
@@ -143,6 +159,11 @@ async def test_completion_refused(client: httpx.AsyncClient, body: dict, param: 
         ({"messages": [USER], "top_logprobs": 2}, "top_logprobs"),
         ({"messages": [USER], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": [USER], "max_tokens": 0}, "max_tokens"),
+        ({"messages": [USER], "chat_template": "x"}, "chat_template"),
+        ({"messages": [USER], "documents": [{"text": "x"}]}, "documents"),
+        ({"messages": [USER], "function_call": {"name": "f"}}, "function_call"),
+        ({"messages": [USER], "modalities": ["text", "audio"]}, "modalities[1]"),
+        ({"messages": [USER], "service_tier": "flex"}, "service_tier"),
         ({"messages": [USER], "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
         ({"messages": [USER], "prompt": "x"}, "prompt"),
     ],
