@@ -21,6 +21,7 @@ from models import memory, sampling, verify
 from models.backbone import Backbone, read_sizes
 from models.batch import Segment, build_batch
 from models.checkpoint import CheckpointError, build_heads, check_heads, read_heads
+from models.drafters.copied import Copies, NgramOptions
 from models.drafters.medusa import DraftRow, Heads, propose
 from models.drafters.packed import PackedHeads
 from models.drafters.resblock import DEFAULT_ACCURACIES, ResBlockHeads
@@ -29,10 +30,9 @@ from models.kernels.cpu import kernels, take_seconds
 from models.kv_pool import KVPool
 from models.probe import BackboneError
 from models.sampling import History, Row
-from models.tree import Tree, best_static_choices, tree_from_choices
-from server.engine.core import TreeShape
+from models.tree import Guess, Tree, draft_from_heads, merge
 from server.engine.messages import EngineConfig, ModelInfo, TokenLogprobs
-from server.engine.request import Outcome, Request, Work
+from server.engine.request import Draft, Outcome, Request, Work
 from server.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,9 @@ class Runner:
         )
         self._hidden: dict[str, Tensor] = {}  # request id -> [hidden]
         self._histories: dict[str, History] = {}
+        self._copies: dict[str, Copies] = {}
+        self._ngram = NgramOptions(config.ngram_min, config.ngram_max, config.ngram_max_nodes) if config.ngram else None
+        self._accuracies = (heads.accuracies or DEFAULT_ACCURACIES)[: heads.num_heads] if heads is not None else ()
 
     @classmethod
     def load(cls, config: EngineConfig) -> Runner:
@@ -84,7 +87,10 @@ class Runner:
         return cls(backbone, heads, config)
 
     def can_draft(self, request: Request) -> bool:
-        return self.heads is not None and request.id in self._hidden and self._max_depth(request) > 0
+        return self._max_depth(request) > 0 and (request.id in self._hidden or bool(self._copied(request)))
+
+    def copied_values(self, request: Request) -> list[float]:
+        return [guess.value for guess in self._copied(request)]
 
     def kernel_seconds(self) -> float:
         """Seconds spent in C kernels since this was last asked."""
@@ -93,24 +99,52 @@ class Runner:
     def forget(self, request: Request) -> None:
         self._hidden.pop(request.id, None)
         self._histories.pop(request.id, None)
+        self._copies.pop(request.id, None)
 
     @torch.inference_mode()
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[TreeShape]:
-        """The best static tree of so many nodes for each request, filled with the heads' tokens."""
+    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[Draft]:
+        """The best tree of so many nodes for each request, of copied tokens and of the heads' where they leave room."""
+        copied = [self._copied(request) for request in requests]
+        asked = [i for i, count in enumerate(num_nodes) if self._asks_heads(requests[i], copied[i], count)]
+        ranked = dict(zip(asked, self._candidates([requests[i] for i in asked]), strict=True))
+        drafts: list[Draft] = []
+        for i, (request, count) in enumerate(zip(requests, num_nodes, strict=True)):
+            guessed = self._from_heads(request, ranked[i], count) if i in ranked else []
+            nodes = merge([copied[i], guessed], count)
+            tokens, parents, _, sources = zip(*nodes, strict=True) if nodes else ((),) * 4
+            drafts.append(Draft(tokens, parents, sources, self._copies[request.id].prediction_start))
+        return drafts
+
+    def _copied(self, request: Request) -> list[Guess]:
+        """What can be copied below the request's root."""
+        submit = request.submit
+        if submit.speculation.mode == "off":
+            return []
+        copies = self._copies.get(request.id)
+        if copies is None:
+            copies = self._copies[request.id] = Copies(request.num_prompt, submit.prediction, self._ngram)
+        return copies.draft(request.tokens, self._max_depth(request))
+
+    def _asks_heads(self, request: Request, copied: Sequence[Guess], num_nodes: int) -> bool:
+        """Would the best guess of the heads, if it is another token, be among so many nodes?"""
+        if self.heads is None or request.id not in self._hidden:
+            return False
+        best = Guess(-1, -1, self._accuracies[0][0], "heads")
+        return any(guess.source == "heads" for guess in merge([copied, [best]], num_nodes))
+
+    def _candidates(self, requests: Sequence[Request]) -> list[list[list[int]]]:
+        """[requests][depth][rank] token ids from the heads, best first."""
         if not requests:
             return []
         assert self.heads is not None
         hidden = torch.stack([self._hidden[request.id] for request in requests])
         rows = [DraftRow(request.submit.sampling, len(request.tokens)) for request in requests]
-        accuracies = (self.heads.accuracies or DEFAULT_ACCURACIES)[: self.heads.num_heads]
-        num_ranks = min(max(map(len, accuracies)), len(self.heads.token_ids))
-        candidates = propose(self.heads, hidden, rows, num_ranks)
-        trees: list[TreeShape] = []
-        for request, count, ranked in zip(requests, num_nodes, candidates, strict=True):
-            reachable = tuple(depth[:num_ranks] for depth in accuracies[: self._max_depth(request)])
-            tree = tree_from_choices(best_static_choices(reachable, count), ranked)
-            trees.append((tree.tokens, tree.parents))
-        return trees
+        num_ranks = min(max(map(len, self._accuracies)), len(self.heads.token_ids))
+        return propose(self.heads, hidden, rows, num_ranks)
+
+    def _from_heads(self, request: Request, ranked: Sequence[Sequence[int]], num_nodes: int) -> list[Guess]:
+        reachable = tuple(depth[: len(ranked[0])] for depth in self._accuracies[: self._max_depth(request)])
+        return draft_from_heads(reachable, ranked, num_nodes)
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Outcome]:

@@ -63,7 +63,14 @@ def _prepare(request: ChatRequest, service: Service, reply_id: str) -> list[Subm
         param="messages",
         max_tokens=request.max_completion_tokens or request.max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        prediction=_prediction(request, service.tokenizer),
     )
+
+
+def _prediction(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:
+    if request.prediction is None:
+        return []
+    return tokenizer.encode(request.prediction.content, add_special_tokens=False)
 
 
 def _turn(message: Message) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def build_submits(
     default_max_tokens: int | None = None,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    prediction: Sequence[int] = (),
 ) -> list[Submit]:
     """`n` submits for each prompt, in the order of their index. `param` is the field that the prompts came in.
 
@@ -38,6 +39,7 @@ def build_submits(
     """
     same = replace(_sampling_params(request, info), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
     speculation = speculation_params(request.speculation)
+    predicted = tuple(prediction[: info.max_model_len])
     submits: list[Submit] = []
     for prompt in prompts:
         limit = _token_limit(len(prompt), max_tokens, default_max_tokens, info.max_model_len, param)
@@ -48,7 +50,7 @@ def build_submits(
         for choice in range(request.n):
             sampling = replace(same, max_tokens=limit, choice=choice)
             name = f"{request_id}-{len(submits)}"
-            submits.append(Submit(name, tuple(prompt), sampling, speculation, request.priority))
+            submits.append(Submit(name, tuple(prompt), sampling, speculation, request.priority, predicted))
     return submits
 
 

@@ -180,6 +180,17 @@ class Message(Body):
         return {key: value for key, value in data.items() if value or key not in empty}
 
 
+class Prediction(Body):
+    """OpenAI's Predicted Outputs: what the answer may well be. It changes the speed of the answer, never its text."""
+
+    type: Literal["content"]
+    content: Annotated[
+        str,
+        BeforeValidator(_text, json_schema_input_type=str | list[dict[str, str]]),
+        Field(description="the predicted text, as a string or as a list of text parts"),
+    ]
+
+
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
@@ -191,6 +202,9 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    prediction: Prediction | None = Field(
+        default=None, description="text that the answer will repeat in large parts, such as a file to be edited"
+    )
     tools: Annotated[list[Any], AfterValidator(_no_tools)] = Field(default_factory=list)
     functions: Annotated[list[Any], AfterValidator(_no_tools)] = Field(default_factory=list)
     tool_choice: Literal["none", "auto"] | None = None  # without tools both mean the same

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import pytest
 from fakes import EOS, VOCAB, FakeRunner, reference
 
-from server.engine.core import Engine, TreeShape
+from server.engine.core import Engine
 from server.engine.messages import Delta, EngineConfig, SamplingParams, SpeculationParams, Submit
-from server.engine.request import Outcome, Request, Work
+from server.engine.request import Draft, Outcome, Request, Work
 
 
 def make_engine(num_slots: int = 200, *, max_model_len: int = 60, seed: int = 0, **config: object) -> Engine:
@@ -363,7 +363,7 @@ class WorkingRunner(FakeRunner):
         self.clock = clock
         self.in_kernels = 50.0  # while loading
 
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[TreeShape]:
+    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[Draft]:
         self.clock.now += 1
         return super().draft(requests, num_nodes)
 
