@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from server.engine.request import Request
 
 MAX_NODES = 63  # with the root 64 rows
-SURE = 0.8  # a copy as likely as this pays in a crowd too
+SURE = 0.7  # a copy as likely as this pays in a crowd too
 
 
 class Controller:

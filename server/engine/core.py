@@ -156,7 +156,8 @@ class Engine:
         """Rows that prompts must not take from the trees of those who decode: at most half of a step."""
         if not self.scheduler.has_prompts:
             return 0
-        drafting = [request for request in self.scheduler.running if self.runner.can_draft(request)]
+        decoding = [request for request in self.scheduler.running if request.num_remaining == 1]
+        drafting = [request for request in decoding if self.runner.can_draft(request)]
         return sum(self._allot(drafting, self._max_rows // 2))
 
     def _allot(self, requests: Sequence[Request], row_budget: int) -> list[int]:

@@ -129,6 +129,8 @@ class Runner:
         """Would the best guess of the heads, if it is another token, be among so many nodes?"""
         if self.heads is None or request.id not in self._hidden:
             return False
+        if len(copied) < num_nodes:
+            return True
         best = Guess(-1, -1, self._accuracies[0][0], "heads")
         return any(guess.source == "heads" for guess in merge([copied, [best]], num_nodes))
 

@@ -37,9 +37,10 @@ class FakeRunner:
         self.pool: dict[int, int] = {}
         self.ready: set[str] = set()
         self.num_rows: list[int] = []
+        self.copies = False  # drafts without a hidden state, and more or less as it likes
 
     def can_draft(self, request: Request) -> bool:
-        return request.id in self.ready
+        return self.copies or request.id in self.ready
 
     def kernel_seconds(self) -> float:
         return 0.0
@@ -48,7 +49,7 @@ class FakeRunner:
         self.ready.discard(request.id)
 
     def copied_values(self, request: Request) -> list[float]:
-        return []
+        return [0.9] * self.random.randrange(9) if self.copies else []
 
     def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[Draft]:
         return [self._tree(request, count) for request, count in zip(requests, num_nodes, strict=True)]

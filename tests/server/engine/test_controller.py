@@ -49,7 +49,7 @@ def test_who_can_copy_much_gets_more() -> None:
 
 def test_in_a_crowd_sure_copies_are_made() -> None:
     controller = Controller(5, disable_by_batch_size=2)
-    assert controller.allot([request(), request()], 99, [LONG, (0.7, 0.6)]) == [3, 0]
+    assert controller.allot([request(), request()], 99, [LONG, (0.6, 0.5)]) == [4, 0]
 
 
 def test_without_heads_there_is_what_can_be_copied() -> None:
