@@ -21,16 +21,17 @@ from models import memory, sampling, verify
 from models.backbone import Backbone, read_sizes
 from models.batch import Segment, build_batch
 from models.checkpoint import CheckpointError, build_heads, check_heads, read_heads
+from models.drafters.combined import Wish, combine
 from models.drafters.copied import Copies, NgramOptions
-from models.drafters.medusa import DraftRow, Heads, propose
+from models.drafters.medusa import DraftRow, Heads
 from models.drafters.packed import PackedHeads
-from models.drafters.resblock import DEFAULT_ACCURACIES, ResBlockHeads
+from models.drafters.resblock import ResBlockHeads
 from models.kernels.build import KernelError
 from models.kernels.cpu import kernels, take_seconds
 from models.kv_pool import KVPool
 from models.probe import BackboneError
 from models.sampling import History, Row
-from models.tree import Guess, Tree, draft_from_heads, merge
+from models.tree import Guess, Tree
 from server.engine.messages import EngineConfig, ModelInfo, TokenLogprobs
 from server.engine.request import Draft, Outcome, Request, Work
 from server.errors import StartupError
@@ -63,7 +64,6 @@ class Runner:
         self._histories: dict[str, History] = {}
         self._copies: dict[str, Copies] = {}
         self._ngram = NgramOptions(config.ngram_min, config.ngram_max, config.ngram_max_nodes) if config.ngram else None
-        self._accuracies = (heads.accuracies or DEFAULT_ACCURACIES)[: heads.num_heads] if heads is not None else ()
 
     @classmethod
     def load(cls, config: EngineConfig) -> Runner:
@@ -104,16 +104,15 @@ class Runner:
     @torch.inference_mode()
     def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[Draft]:
         """The best tree of so many nodes for each request, of copied tokens and of the heads' where they leave room."""
-        copied = [self._copied(request) for request in requests]
-        asked = [i for i, count in enumerate(num_nodes) if self._asks_heads(requests[i], copied[i], count)]
-        ranked = dict(zip(asked, self._candidates([requests[i] for i in asked]), strict=True))
-        drafts: list[Draft] = []
-        for i, (request, count) in enumerate(zip(requests, num_nodes, strict=True)):
-            guessed = self._from_heads(request, ranked[i], count) if i in ranked else []
-            nodes = merge([copied[i], guessed], count)
-            tokens, parents, _, sources = zip(*nodes, strict=True) if nodes else ((),) * 4
-            drafts.append(Draft(tokens, parents, sources, self._copies[request.id].prediction_start))
-        return drafts
+        wishes = [self._wish(request, count) for request, count in zip(requests, num_nodes, strict=True)]
+        return [
+            _draft(guesses, self._copies[request.id].prediction_start)
+            for request, guesses in zip(requests, combine(self.heads, wishes), strict=True)
+        ]
+
+    def _wish(self, request: Request, num_nodes: int) -> Wish:
+        row = DraftRow(request.submit.sampling, len(request.tokens))
+        return Wish(num_nodes, self._max_depth(request), self._copied(request), row, self._hidden.get(request.id))
 
     def _copied(self, request: Request) -> list[Guess]:
         """What can be copied below the request's root."""
@@ -124,29 +123,6 @@ class Runner:
         if copies is None:
             copies = self._copies[request.id] = Copies(request.num_prompt, submit.prediction, self._ngram)
         return copies.draft(request.tokens, self._max_depth(request))
-
-    def _asks_heads(self, request: Request, copied: Sequence[Guess], num_nodes: int) -> bool:
-        """Would the best guess of the heads, if it is another token, be among so many nodes?"""
-        if self.heads is None or request.id not in self._hidden:
-            return False
-        if len(copied) < num_nodes:
-            return True
-        best = Guess(-1, -1, self._accuracies[0][0], "heads")
-        return any(guess.source == "heads" for guess in merge([copied, [best]], num_nodes))
-
-    def _candidates(self, requests: Sequence[Request]) -> list[list[list[int]]]:
-        """[requests][depth][rank] token ids from the heads, best first."""
-        if not requests:
-            return []
-        assert self.heads is not None
-        hidden = torch.stack([self._hidden[request.id] for request in requests])
-        rows = [DraftRow(request.submit.sampling, len(request.tokens)) for request in requests]
-        num_ranks = min(max(map(len, self._accuracies)), len(self.heads.token_ids))
-        return propose(self.heads, hidden, rows, num_ranks)
-
-    def _from_heads(self, request: Request, ranked: Sequence[Sequence[int]], num_nodes: int) -> list[Guess]:
-        reachable = tuple(depth[: len(ranked[0])] for depth in self._accuracies[: self._max_depth(request)])
-        return draft_from_heads(reachable, ranked, num_nodes)
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Outcome]:
@@ -304,6 +280,15 @@ def _limits(config: EngineConfig, backbone: Backbone) -> tuple[int, int]:
             "lower it, or raise --kv-cache-tokens."
         )
     return kv_cache_tokens, min(max_model_len, kv_cache_tokens)
+
+
+def _draft(guesses: Sequence[Guess], prediction_start: int) -> Draft:
+    return Draft(
+        tuple([guess.token for guess in guesses]),
+        tuple([guess.parent for guess in guesses]),
+        tuple([guess.source for guess in guesses]),
+        prediction_start,
+    )
 
 
 def _scored_rows(work: Work, start: int) -> list[int]:
