@@ -3,7 +3,8 @@
 Invariants:
 - a node's parent comes before it (`parents[i] < i`), `-1` is the root, which is not a node;
 - siblings carry distinct tokens, so at most one child can match;
-- the choices for `n` nodes are the first `n` of the choices for more: trees only grow.
+- the choices for `n` nodes are the first `n` of the choices for more: trees only grow;
+- a guess is worth no more than its parent, so the best guesses of a draft are a tree.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import prod
+from typing import Literal, NamedTuple
 
 MAX_NODES = 63  # with the root 64 rows: an ancestor set fits into one 64-bit mask
 
+Source = Literal["heads", "ngram", "prediction"]  # who guessed
 Choice = tuple[int, ...]  # ranks from depth 1 on, as in Medusa's `medusa_choices`
 
 
@@ -51,6 +55,45 @@ class Tree:
             nodes.append(node)
             node = self.parents[node]
         return tuple(reversed(nodes))
+
+
+class Guess(NamedTuple):
+    """One node as a drafter offers it. A draft is a list of them: a node's parent comes before it, -1 is the root."""
+
+    token: int
+    parent: int
+    value: float  # the probability that it and all its ancestors are right
+    source: Source
+
+
+def merge(drafts: Sequence[Sequence[Guess]], num_nodes: int, min_value: float = 0.0) -> list[Guess]:
+    """The best `num_nodes` guesses of all drafts that are worth `min_value`, as one draft.
+
+    Equal paths are one node, of the draft named first. What a draft guesses matters only where those before it are
+    wrong, so its values count by what the first tokens of those leave over.
+    """
+    merged: list[Guess] = []
+    index: dict[tuple[int, int], int] = {}  # parent and token -> node
+    left_over = 1.0
+    for draft in drafts:
+        nodes = {-1: -1}  # of the draft -> merged
+        for i, guess in enumerate(draft):
+            parent, value = nodes[guess.parent], guess.value * left_over
+            node = nodes[i] = index.setdefault((parent, guess.token), len(merged))
+            if node == len(merged):
+                merged.append(guess._replace(parent=parent, value=value))
+            elif value > merged[node].value:
+                merged[node] = merged[node]._replace(value=value)
+        left_over = max(1.0 - sum(guess.value for guess in merged if guess.parent < 0), 0.0)
+    return _best(merged, num_nodes, min_value)
+
+
+def _best(draft: Sequence[Guess], num_nodes: int, min_value: float) -> list[Guess]:
+    """The guesses of greatest value, in the order they had; of equal ones the first."""
+    by_value = sorted(range(len(draft)), key=lambda i: -draft[i].value)[:num_nodes]
+    kept = sorted(i for i in by_value if draft[i].value >= min_value)
+    nodes = {-1: -1} | {node: place for place, node in enumerate(kept)}
+    return [draft[i]._replace(parent=nodes[draft[i].parent]) for i in kept]
 
 
 @lru_cache(maxsize=4096)
@@ -95,6 +138,16 @@ def _shape(choices: tuple[Choice, ...]) -> tuple[int, ...]:
     return tuple(index[choice[:-1]] if len(choice) > 1 else -1 for choice in choices)
 
 
-def tree_from_choices(choices: tuple[Choice, ...], candidates: Sequence[Sequence[int]]) -> Tree:
-    """Fill a static shape with tokens; `candidates[d][r]` is the token ranked `r` by head `d`. Ancestors come first."""
-    return Tree(tuple(candidates[len(choice) - 1][choice[-1]] for choice in choices), _shape(choices))
+@lru_cache(maxsize=4096)
+def _values(accuracies: tuple[tuple[float, ...], ...], choices: tuple[Choice, ...]) -> tuple[float, ...]:
+    return tuple(prod(accuracies[depth][rank] for depth, rank in enumerate(choice)) for choice in choices)
+
+
+def draft_from_heads(
+    accuracies: tuple[tuple[float, ...], ...], candidates: Sequence[Sequence[int]], num_nodes: int
+) -> list[Guess]:
+    """The best static shape filled with tokens; `candidates[d][r]` is the token ranked `r` by head `d`."""
+    choices = best_static_choices(accuracies, num_nodes)
+    tokens = (candidates[len(choice) - 1][choice[-1]] for choice in choices)
+    nodes = zip(tokens, _shape(choices), _values(accuracies, choices), strict=True)
+    return [Guess(token, parent, value, "heads") for token, parent, value in nodes]

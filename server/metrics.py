@@ -18,7 +18,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-from server.engine.messages import FinishReason, RequestStats, StepStats
+from server.engine.messages import DRAFT_SOURCES, FinishReason, RequestStats, StepStats
 from server.histogram import RepeatedHistogram
 
 ENGINE_PARTS: Final = ("kernels", "model", "engine", "messages")
@@ -98,7 +98,18 @@ class Metrics:
             ["model_name", "position"],
             registry=self.registry,
         )
+        self.drafted_by_source = self._by_source("draft_tokens", "Tree nodes verified")
+        self.accepted_by_source = self._by_source("accepted_tokens", "Nodes accepted")
         self.accepted_at = cache(lambda depth: accepted_per_depth.labels(self._model_name, depth))
+
+    def _by_source(self, name: str, text: str) -> list[Counter]:
+        declared = Counter(
+            f"medusa_spec_decode_num_{name}_by_source",
+            f"{text}, by who guessed them: heads, repeats of the request's own text (ngram), or its prediction.",
+            ["model_name", "source"],
+            registry=self.registry,
+        )
+        return [declared.labels(self._model_name, source) for source in DRAFT_SOURCES]
 
     def _declare_requests(self) -> None:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of choices whose first token came.")
@@ -154,6 +165,8 @@ class Metrics:
             (self.draft_tokens, stats.num_draft_tokens),
             (self.accepted_tokens, stats.num_accepted_tokens),
             *zip(self.engine_seconds, _seconds_by_part(stats), strict=True),
+            *zip(self.drafted_by_source, stats.drafted_by_source, strict=False),
+            *zip(self.accepted_by_source, stats.accepted_by_source, strict=False),
         ):
             if amount > 0:  # two clocks may disagree by a tick
                 counter.inc(amount)

@@ -74,6 +74,10 @@ class Settings(BaseSettings):
     speculative_disable_by_batch_size: int | None = Field(
         None, ge=1, description="requests at a time from which none get guesses unless they ask; by default 2 on a CPU"
     )
+    ngram: bool = Field(True, description="guess that the text repeats itself or its prompt, beside the heads' guesses")
+    ngram_min: int = Field(2, ge=1, le=16, description="tokens that must match before a repeat is guessed")
+    ngram_max: int = Field(4, ge=1, le=16, description="a match of so many tokens is long enough; the latest is taken")
+    ngram_max_nodes: int = Field(8, ge=1, le=63, description="tokens of a repeat guessed per request and step")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; by default all cores")
     trust_request_chat_template: bool = Field(
         False, description="allow requests to bring a chat_template, which can keep a core busy"
@@ -112,6 +116,10 @@ class Settings(BaseSettings):
             prefix_cache=self.prefix_cache,
             num_nodes=self.num_nodes,
             speculative_disable_by_batch_size=self.speculative_disable_by_batch_size,
+            ngram=self.ngram,
+            ngram_min=self.ngram_min,
+            ngram_max=self.ngram_max,
+            ngram_max_nodes=self.ngram_max_nodes,
             num_threads=self.num_threads,
         )
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import openai
@@ -47,9 +48,11 @@ class Server:
         found: dict[str, object] = answer.json()
         return found
 
-    def metric(self, name: str) -> float:
+    def metric(self, name: str, **labels: str) -> float:
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
+        mine = [line for line in lines if line.startswith(f"{name}{{")]
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in mine if all(label in line for label in wanted))
 
     @property
     def client(self) -> openai.OpenAI:
@@ -162,6 +165,43 @@ def test_heads_save_steps_and_say_so(server: Server) -> None:
         1 + speculation["num_accepted_draft_tokens"] / speculation["num_spec_steps"]
     )
     assert server.metric("medusa_spec_decode_num_accepted_tokens_total") > 0
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"])
+def test_a_right_prediction_makes_it_faster_and_changes_nothing(server: Server, options: dict[str, object]) -> None:
+    body = ask(QUESTIONS[1], **{**options, "max_tokens": 96, "ignore_eos": True})
+    plain, without = server.post(**body, speculation={"mode": "off"}), server.post(**body)
+    whole = text(plain)
+    right = server.post(**body, prediction={"type": "content", "content": whole})
+    edited = server.post(**body, prediction={"type": "content", "content": whole.replace(" the ", " a ")})
+    assert text(without) == text(right) == text(edited) == whole
+    usual, fewest, fewer = (_speculation(answer)["num_spec_steps"] for answer in (without, right, edited))
+    assert fewest < usual / 3
+    assert fewer < usual
+    assert _prediction_counts(without) == (0, 0)
+    accepted, rejected = _prediction_counts(right)
+    assert accepted > 70
+    assert rejected < 20
+    assert _prediction_counts(edited)[1] > 0
+
+
+def _speculation(answer: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = answer["metrics"]["speculative_decoding"]
+    return found
+
+
+def _prediction_counts(answer: dict[str, Any]) -> tuple[int, int]:
+    details = answer["usage"]["completion_tokens_details"]
+    return details["accepted_prediction_tokens"], details["rejected_prediction_tokens"]
+
+
+def test_repeats_are_copied_and_counted(server: Server) -> None:
+    letter = "The parcel was sent on 5 March with Blue Star and should reach you by 9 March, if the weather is kind."
+    body = ask(f"Repeat the following text word for word:\n\n{letter}", max_tokens=48)
+    before = server.metric("medusa_spec_decode_num_accepted_tokens_by_source_total", source="ngram")
+    answer = server.post(**body)
+    assert text(answer) == text(server.post(**body, speculation={"mode": "off"}))
+    assert server.metric("medusa_spec_decode_num_accepted_tokens_by_source_total", source="ngram") > before + 5
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])

@@ -8,6 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import monotonic
@@ -15,6 +16,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from server.engine.controller import Controller
 from server.engine.messages import (
+    DRAFT_SOURCES,
     Delta,
     EngineConfig,
     FinishReason,
@@ -24,12 +26,11 @@ from server.engine.messages import (
     Submit,
     TokenLogprobs,
 )
-from server.engine.request import Outcome, Request, Work
+from server.engine.request import Draft, Outcome, Request, Work
 from server.engine.scheduler import Scheduler
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
-TreeShape = tuple[tuple[int, ...], tuple[int, ...]]  # tokens, parents
 
 
 class ModelRunner(Protocol):
@@ -38,9 +39,12 @@ class ModelRunner(Protocol):
     info: ModelInfo
 
     def can_draft(self, request: Request) -> bool:
-        """Is there a hidden state to draft from?"""
+        """Is there anything to draft from, and a token that could still be emitted?"""
 
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[TreeShape]:
+    def copied_values(self, request: Request) -> Sequence[float]:
+        """Of each token that could be copied: the probability that it and those before it are right."""
+
+    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[Draft]:
         """A tree of at most so many nodes for each request, no deeper than the request can still use."""
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:
@@ -64,7 +68,9 @@ class Engine:
             max_num_batched_rows=config.max_num_batched_rows,
             use_prefix_cache=config.prefix_cache,
         )
-        self._controller = Controller(config.num_nodes, config.speculative_disable_by_batch_size)
+        self._controller = Controller(
+            config.num_nodes, config.speculative_disable_by_batch_size, has_heads=runner.info.num_heads > 0
+        )
         self._max_rows = config.max_num_batched_rows
         self._clock = clock
         self._model_seconds = 0.0  # of this step
@@ -142,26 +148,30 @@ class Engine:
             return (
                 f"The prompt has {num_prompt} tokens; with the completion it exceeds the {info.max_model_len} allowed."
             )
-        if not all(0 <= token < info.vocab_size for token in submit.prompt):
-            return f"A prompt token is outside the vocabulary of {info.vocab_size}: check the tokenizer in use."
+        if not all(0 <= token < info.vocab_size for token in (*submit.prompt, *submit.prediction)):
+            return f"A token sent is outside the vocabulary of {info.vocab_size}: check the tokenizer in use."
         return None
 
     def _rows_for_trees(self) -> int:
         """Rows that prompts must not take from the trees of those who decode: at most half of a step."""
         if not self.scheduler.has_prompts:
             return 0
-        drafting = [request for request in self.scheduler.running if self.runner.can_draft(request)]
-        return sum(self._controller.allot(drafting, self._max_rows // 2))
+        decoding = [request for request in self.scheduler.running if request.num_remaining == 1]
+        drafting = [request for request in decoding if self.runner.can_draft(request)]
+        return sum(self._allot(drafting, self._max_rows // 2))
+
+    def _allot(self, requests: Sequence[Request], row_budget: int) -> list[int]:
+        return self._controller.allot(requests, row_budget, [self.runner.copied_values(r) for r in requests])
 
     def _grow_trees(self, works: Sequence[Work]) -> None:
         """Draft for decoding requests and hang the trees below their roots."""
         drafting = [work for work in works if work.reaches_end and self.runner.can_draft(work.request)]
         requests = [work.request for work in drafting]
-        num_nodes = self._controller.allot(requests, self.scheduler.rows_left)
+        num_nodes = self._allot(requests, self.scheduler.rows_left)
         chosen = [i for i, nodes in enumerate(num_nodes) if nodes > 0]
-        trees = self._timed(self.runner.draft, [requests[i] for i in chosen], [num_nodes[i] for i in chosen])
-        for i, (tokens, parents) in zip(chosen, trees, strict=True):
-            self.scheduler.place(drafting[i], tokens, parents)
+        drafts = self._timed(self.runner.draft, [requests[i] for i in chosen], [num_nodes[i] for i in chosen])
+        for i, draft in zip(chosen, drafts, strict=True):
+            self.scheduler.place(drafting[i], draft)
 
     def _update(self, work: Work, outcome: Outcome) -> Delta | None:
         """Commit what one request has won in this step, and end it if that was all."""
@@ -176,9 +186,8 @@ class Engine:
         stop_token_id = tokens[-1] if finish == "stop" else None
         if finish is None and outcome.is_over:
             finish = "stop"
-        work.num_accepted = min(len(outcome.path), len(tokens))  # what lies beyond the end was of no use
-        if work.node_tokens:
-            request.speculation.add(len(work.node_tokens), work.num_accepted)
+        work.accepted = outcome.path[: len(tokens)]  # what lies beyond the end was of no use
+        work.count_speculation()
         delta = Delta(request.id, tokens, outcome.logprobs[: len(tokens)], prompt_logprobs)
         if finish is None:
             return delta
@@ -220,7 +229,9 @@ class Engine:
     def _stats(self, works: Sequence[Work], **seconds: float) -> StepStats:
         scheduler = self.scheduler
         drafts = [work for work in works if work.node_tokens]
-        accepted = [work.num_accepted for work in drafts]
+        accepted = [len(work.accepted) for work in drafts]
+        drafted_from = Counter(source for work in drafts for source in work.node_sources)
+        accepted_from = Counter(work.node_sources[node] for work in drafts for node in work.accepted)
         return StepStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -232,6 +243,8 @@ class Engine:
             num_draft_tokens=sum([len(work.node_tokens) for work in drafts]),
             num_accepted_tokens=sum(accepted),
             accepted_per_depth=tuple([sum([n > d for n in accepted]) for d in range(max(accepted, default=0))]),
+            drafted_by_source=tuple([drafted_from[source] for source in DRAFT_SOURCES]),
+            accepted_by_source=tuple([accepted_from[source] for source in DRAFT_SOURCES]),
             prefix_cache_queries=scheduler.prefix_queries,
             prefix_cache_hits=scheduler.prefix_hits,
             **seconds,

@@ -11,10 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 SpeculationMode = Literal["lossless", "typical", "off"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+DraftSource = Literal["heads", "ngram", "prediction"]
+DRAFT_SOURCES: Final[tuple[DraftSource, ...]] = ("heads", "ngram", "prediction")
 
 
 class _Compact:
@@ -75,6 +77,7 @@ class Submit:
     sampling: SamplingParams
     speculation: SpeculationParams = field(default_factory=SpeculationParams)
     priority: int = 0  # lower runs earlier, as in vLLM
+    prediction: tuple[int, ...] = ()  # what the completion may well be; changes its speed, never its text
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +104,19 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class SpeculationStats:
-    """Sums over one request. Accepted never counts the bonus token."""
+    """Sums over one request. Accepted never counts the bonus token.
+
+    A token of the prediction is accepted if a node that stood for it, by its place, was accepted in any step; it is
+    rejected if such nodes were verified and none was accepted. So each counts once at most, and those that were never
+    verified (the end of the prediction; what the output left out; a token that came as a bonus) do not count.
+    """
 
     num_spec_steps: int = 0  # steps that verified at least one node
     num_draft_tokens: int = 0  # nodes verified
     num_accepted_draft_tokens: int = 0
     acceptance_histogram: tuple[int, ...] = ()  # [n]: steps with n accepted tokens
+    num_accepted_prediction_tokens: int = 0
+    num_rejected_prediction_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +165,8 @@ class StepStats(_Compact):
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     accepted_per_depth: tuple[int, ...] = ()  # [d]: drafts whose node at depth d + 1 was accepted
+    drafted_by_source: tuple[int, ...] = ()  # num_draft_tokens, in the order of DRAFT_SOURCES
+    accepted_by_source: tuple[int, ...] = ()  # num_accepted_tokens, likewise
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found
 
@@ -213,6 +225,10 @@ class EngineConfig:
     num_nodes: int = 4  # default tree nodes per request and step
     speculative_disable_by_batch_size: int | None = None  # drafting requests at which the default becomes 0
     num_threads: int | None = None
+    ngram: bool = True  # guess repeats of the request's own text
+    ngram_min: int = 2  # tokens that must match before a guess
+    ngram_max: int = 4  # a match as long as this is not improved upon
+    ngram_max_nodes: int = 8
 
 
 ToEngine = Submit | Abort | Shutdown

@@ -12,6 +12,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from server.engine.messages import (
+    DraftSource,
     FinishReason,
     RequestStats,
     SpeculationStats,
@@ -29,6 +30,8 @@ class SpeculationCounters:
     num_draft_tokens: int = 0
     num_accepted: int = 0
     histogram: list[int] = field(default_factory=list)
+    verified_places: set[int] = field(default_factory=set)  # of tokens in the prediction
+    accepted_places: set[int] = field(default_factory=set)
 
     def add(self, num_nodes: int, num_accepted: int) -> None:
         self.num_steps += 1
@@ -37,8 +40,20 @@ class SpeculationCounters:
         self.histogram.extend([0] * (num_accepted + 1 - len(self.histogram)))
         self.histogram[num_accepted] += 1
 
+    def add_prediction(self, start: int, num_verified: int, num_accepted: int) -> None:
+        """Count tokens of the prediction, which were verified from `start` on."""
+        self.verified_places.update(range(start, start + num_verified))
+        self.accepted_places.update(range(start, start + num_accepted))
+
     def stats(self) -> SpeculationStats:
-        return SpeculationStats(self.num_steps, self.num_draft_tokens, self.num_accepted, tuple(self.histogram))
+        return SpeculationStats(
+            self.num_steps,
+            self.num_draft_tokens,
+            self.num_accepted,
+            tuple(self.histogram),
+            num_accepted_prediction_tokens=len(self.accepted_places),
+            num_rejected_prediction_tokens=len(self.verified_places - self.accepted_places),
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -117,6 +132,16 @@ class Request:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A tree of guesses below a root, and who guessed each node."""
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    sources: tuple[DraftSource, ...] = ()
+    prediction_start: int = 0  # index, in the prediction, of the first of its nodes; they are one chain from the root
+
+
 @dataclass(slots=True)
 class Work:
     """One request's rows in one step: a chain of its own tokens and, below the last of them, tree nodes."""
@@ -127,7 +152,9 @@ class Work:
     node_tokens: tuple[int, ...] = ()
     node_parents: tuple[int, ...] = ()
     node_slots: list[int] = field(default_factory=list)
-    num_accepted: int = 0  # nodes accepted and emitted, known after the step
+    node_sources: tuple[DraftSource, ...] = ()
+    prediction_start: int = 0  # as in `Draft`
+    accepted: tuple[int, ...] = ()  # nodes accepted and emitted, known after the step
 
     @property
     def num_chain(self) -> int:
@@ -137,6 +164,15 @@ class Work:
     def reaches_end(self) -> bool:
         """The chain ends with the last known token, so its last row is sampled from."""
         return self.start + len(self.chain_slots) == len(self.request.tokens)
+
+    def count_speculation(self) -> None:
+        """Add this step's nodes to the request's sums."""
+        if not self.node_tokens:
+            return
+        counters = self.request.speculation
+        counters.add(len(self.node_tokens), len(self.accepted))
+        num_accepted = sum(self.node_sources[node] == "prediction" for node in self.accepted)
+        counters.add_prediction(self.prediction_start, self.node_sources.count("prediction"), num_accepted)
 
     @property
     def chain_tokens(self) -> list[int]:

@@ -21,19 +21,20 @@ from models import memory, sampling, verify
 from models.backbone import Backbone, read_sizes
 from models.batch import Segment, build_batch
 from models.checkpoint import CheckpointError, build_heads, check_heads, read_heads
-from models.drafters.medusa import DraftRow, Heads, propose
+from models.drafters.combined import Wish, combine
+from models.drafters.copied import Copies, NgramOptions
+from models.drafters.medusa import DraftRow, Heads
 from models.drafters.packed import PackedHeads
-from models.drafters.resblock import DEFAULT_ACCURACIES, ResBlockHeads
+from models.drafters.resblock import ResBlockHeads
 from models.kernels.build import KernelError
 from models.kernels.cpu import kernels, take_seconds
 from models.kv_pool import KVPool
 from models.masks import Mask
 from models.probe import BackboneError
 from models.sampling import History, Row
-from models.tree import Tree, best_static_choices, tree_from_choices
-from server.engine.core import TreeShape
+from models.tree import Guess, Tree
 from server.engine.messages import EngineConfig, ModelInfo, TokenLogprobs
-from server.engine.request import Outcome, Request, Work
+from server.engine.request import Draft, Outcome, Request, Work
 from server.engine.scores import score
 from server.errors import StartupError
 
@@ -64,6 +65,8 @@ class Runner:
         self._hidden: dict[str, Tensor] = {}  # request id -> [hidden]
         self._histories: dict[str, History] = {}
         self._masks: dict[str, Mask] = {}
+        self._copies: dict[str, Copies] = {}
+        self._ngram = NgramOptions(config.ngram_min, config.ngram_max, config.ngram_max_nodes) if config.ngram else None
 
     @classmethod
     def load(cls, config: EngineConfig) -> Runner:
@@ -87,7 +90,10 @@ class Runner:
         return cls(backbone, heads, config)
 
     def can_draft(self, request: Request) -> bool:
-        return self.heads is not None and request.id in self._hidden and self._max_depth(request) > 0
+        return self._max_depth(request) > 0 and (request.id in self._hidden or bool(self._copied(request)))
+
+    def copied_values(self, request: Request) -> list[float]:
+        return [guess.value for guess in self._copied(request)]
 
     def kernel_seconds(self) -> float:
         """Seconds spent in C kernels since this was last asked."""
@@ -97,24 +103,30 @@ class Runner:
         self._hidden.pop(request.id, None)
         self._histories.pop(request.id, None)
         self._masks.pop(request.id, None)
+        self._copies.pop(request.id, None)
 
     @torch.inference_mode()
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[TreeShape]:
-        """The best static tree of so many nodes for each request, filled with the heads' tokens."""
-        if not requests:
+    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[Draft]:
+        """The best tree of so many nodes for each request, of copied tokens and of the heads' where they leave room."""
+        wishes = [self._wish(request, count) for request, count in zip(requests, num_nodes, strict=True)]
+        return [
+            _draft(guesses, self._copies[request.id].prediction_start)
+            for request, guesses in zip(requests, combine(self.heads, wishes), strict=True)
+        ]
+
+    def _wish(self, request: Request, num_nodes: int) -> Wish:
+        row = DraftRow(request.submit.sampling, len(request.tokens), self._mask(request))
+        return Wish(num_nodes, self._max_depth(request), self._copied(request), row, self._hidden.get(request.id))
+
+    def _copied(self, request: Request) -> list[Guess]:
+        """What can be copied below the request's root."""
+        submit = request.submit
+        if submit.speculation.mode == "off":
             return []
-        assert self.heads is not None
-        hidden = torch.stack([self._hidden[request.id] for request in requests])
-        rows = [DraftRow(request.submit.sampling, len(request.tokens), self._mask(request)) for request in requests]
-        accuracies = (self.heads.accuracies or DEFAULT_ACCURACIES)[: self.heads.num_heads]
-        num_ranks = min(max(map(len, accuracies)), len(self.heads.token_ids))
-        candidates = propose(self.heads, hidden, rows, num_ranks)
-        trees: list[TreeShape] = []
-        for request, count, ranked in zip(requests, num_nodes, candidates, strict=True):
-            reachable = tuple(depth[:num_ranks] for depth in accuracies[: self._max_depth(request)])
-            tree = tree_from_choices(best_static_choices(reachable, count), ranked)
-            trees.append((tree.tokens, tree.parents))
-        return trees
+        copies = self._copies.get(request.id)
+        if copies is None:
+            copies = self._copies[request.id] = Copies(request.num_prompt, submit.prediction, self._ngram)
+        return copies.draft(request.tokens, self._max_depth(request))
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Outcome]:
@@ -296,6 +308,15 @@ def _limits(config: EngineConfig, backbone: Backbone) -> tuple[int, int]:
             "lower it, or raise --kv-cache-tokens."
         )
     return kv_cache_tokens, min(max_model_len, kv_cache_tokens)
+
+
+def _draft(guesses: Sequence[Guess], prediction_start: int) -> Draft:
+    return Draft(
+        tuple([guess.token for guess in guesses]),
+        tuple([guess.parent for guess in guesses]),
+        tuple([guess.source for guess in guesses]),
+        prediction_start,
+    )
 
 
 def _scored_rows(work: Work, start: int) -> list[int]:

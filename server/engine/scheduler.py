@@ -16,7 +16,7 @@ from bisect import insort
 from collections.abc import Sequence
 
 from server.engine.prefix import Node, PrefixCache
-from server.engine.request import Request, Work
+from server.engine.request import Draft, Request, Work
 from server.engine.slots import SlotPool
 
 
@@ -78,21 +78,23 @@ class Scheduler:
         """Rows that the step still has, and slots to put them into."""
         return min(self._max_rows - self._num_rows, self.num_available)
 
-    def place(self, work: Work, tokens: tuple[int, ...], parents: tuple[int, ...]) -> None:
+    def place(self, work: Work, draft: Draft) -> None:
         """Hang a tree below the chain of `work`."""
-        work.node_tokens, work.node_parents = tokens, parents
-        work.node_slots = self._take(len(tokens))
-        self._num_rows += len(tokens)
+        work.node_tokens, work.node_parents, work.node_sources = draft.tokens, draft.parents, draft.sources
+        work.prediction_start = draft.prediction_start
+        work.node_slots = self._take(len(draft.tokens))
+        self._num_rows += len(draft.tokens)
 
     def commit(self, work: Work, path: Sequence[int]) -> None:
         """Keep the chain and the accepted nodes, free the others. No K or V moves."""
         request = work.request
         was_prompt = request.num_computed < request.num_prompt
         kept = [work.node_slots[node] for node in path]
-        request.slots.extend(work.chain_slots + kept)
+        request.slots.extend(work.chain_slots)
         self.slots.release([slot for slot in work.node_slots if slot not in kept])
         if self._use_prefix_cache and was_prompt and request.num_computed >= request.num_prompt:
             self._share(request)
+        request.slots.extend(kept)
 
     def finish(self, request: Request) -> None:
         """Forget a request, wherever it is; what it computed stays in the prefix cache."""

@@ -76,6 +76,7 @@ def _prepare(request: ChatRequest, service: Service, reply_id: str) -> tuple[lis
         param="messages",
         max_tokens=request.max_completion_tokens or request.max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        prediction=_prediction(request, service.tokenizer),
     )
     last = request.messages[-1]
     continues = last.role == "assistant" or request.continue_final_message
@@ -113,6 +114,12 @@ def _extra(
     if request.prompt_logprobs is not None and pieces:
         extra["prompt_logprobs"] = prompt_logprobs(tokenizer, pieces[0].prompt_logprobs or (), request.prompt_logprobs)
     return extra
+
+
+def _prediction(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:
+    if request.prediction is None:
+        return []
+    return tokenizer.encode(request.prediction.content, add_special_tokens=False)
 
 
 def _turn(message: Message) -> dict[str, Any]:

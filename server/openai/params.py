@@ -36,6 +36,7 @@ def build_submits(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     num_choices: int | None = None,
+    prediction: Sequence[int] = (),
 ) -> list[Submit]:
     """`num_choices` or else `n` submits for each prompt, in the order of their index.
 
@@ -47,6 +48,7 @@ def build_submits(
         _sampling_params(request, info, tokenizer), logprobs=logprobs, prompt_logprobs=max(counts, default=None)
     )
     speculation = speculation_params(request.speculation)
+    predicted = tuple(prediction[: info.max_model_len])
     submits: list[Submit] = []
     for whole in prompts:
         prompt = _truncated(whole, request.truncate_prompt_tokens, info, max_tokens, default_max_tokens)
@@ -58,7 +60,7 @@ def build_submits(
         for choice in range(num_choices or request.n):
             sampling = replace(same, max_tokens=limit, choice=choice)
             name = f"{request_id}-{len(submits)}"
-            submits.append(Submit(name, tuple(prompt), sampling, speculation, request.priority))
+            submits.append(Submit(name, tuple(prompt), sampling, speculation, request.priority, predicted))
     return submits
 
 

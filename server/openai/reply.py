@@ -135,6 +135,7 @@ def usage(choices: Sequence[Choice]) -> Json:
     """OpenAI's usage object. Details are null while the engine has not said them."""
     firsts = [choice for choice in choices if choice.submit.sampling.choice == 0]
     cached = [choice.stats.num_cached_tokens for choice in firsts if choice.stats is not None]
+    speculations = [choice.stats.speculation for choice in choices if choice.stats is not None]
     num_prompt = sum(len(choice.submit.prompt) for choice in firsts)
     num_completion = sum(choice.num_tokens for choice in choices)
     return {
@@ -142,6 +143,15 @@ def usage(choices: Sequence[Choice]) -> Json:
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
         "prompt_tokens_details": {"cached_tokens": sum(cached)} if len(cached) == len(firsts) else None,
+        "completion_tokens_details": _predicted(speculations) if len(speculations) == len(choices) else None,
+    }
+
+
+def _predicted(stats: Sequence[SpeculationStats]) -> Json:
+    """What became of the prediction, see `SpeculationStats`; zeros without one."""
+    return {
+        "accepted_prediction_tokens": sum(stat.num_accepted_prediction_tokens for stat in stats),
+        "rejected_prediction_tokens": sum(stat.num_rejected_prediction_tokens for stat in stats),
     }
 
 

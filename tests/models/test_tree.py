@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from models.tree import Tree, best_static_choices, expected_tau, tree_from_choices
+from models.tree import Guess, Source, Tree, best_static_choices, draft_from_heads, expected_tau, merge
 
 ACCURACIES = ((0.5, 0.2, 0.1), (0.4, 0.15), (0.3, 0.05))
 
@@ -45,9 +47,60 @@ def test_zero_accuracy_is_no_trouble() -> None:
 
 
 def test_a_shape_is_filled_with_candidates() -> None:
-    tree = tree_from_choices(((0,), (0, 0), (1,), (0, 1)), [[7, 8], [5, 6]])
-    assert tree == Tree((7, 5, 8, 6), (-1, 0, -1, 0))
-    assert tree.depths == (1, 2, 1, 2)
-    assert tree.children == {-1: {7: 0, 8: 2}, 0: {5: 1, 6: 3}}
-    assert tree.path(3) == (0, 3)
+    draft = draft_from_heads(((0.5, 0.2), (0.8, 0.2)), [[7, 8], [5, 6]], 5)
+    assert [guess.value for guess in draft] == pytest.approx([0.5, 0.4, 0.2, 0.16, 0.1])
+    tree = Tree(tuple(guess.token for guess in draft), tuple(guess.parent for guess in draft))
+    assert tree == Tree((7, 5, 8, 5, 6), (-1, 0, -1, 2, 0))
+    assert tree.depths == (1, 2, 1, 2, 2)
+    assert tree.children == {-1: {7: 0, 8: 2}, 0: {5: 1, 6: 4}, 2: {5: 3}}
+    assert tree.path(3) == (2, 3)
     assert tree.path(-1) == ()
+
+
+@st.composite
+def drafts(draw: st.DrawFn, source: Source) -> list[Guess]:
+    """A tree over few tokens whose values fall on the way down."""
+    found: dict[tuple[int, int], Guess] = {}
+    for _ in range(draw(st.integers(0, 12))):
+        parent, token = draw(st.integers(-1, len(found) - 1)), draw(st.integers(0, 2))
+        above = list(found.values())[parent].value if parent >= 0 else 1.0
+        value = above * draw(st.sampled_from([0.05, 0.3, 0.7, 1.0]))
+        found.setdefault((parent, token), Guess(token, parent, value, source))
+    return list(found.values())
+
+
+def paths(draft: list[Guess]) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = []
+    for guess in draft:
+        found.append((*(found[guess.parent] if guess.parent >= 0 else ()), guess.token))
+    return found
+
+
+@given(drafts("prediction"), drafts("heads"), st.integers(0, 15), st.sampled_from([0.0, 0.2]))
+def test_a_merge_is_the_best_of_both(first: list[Guess], second: list[Guess], num_nodes: int, least: float) -> None:
+    left_over = max(1 - sum(guess.value for guess in first if guess.parent < 0), 0.0)
+    worth = {path: guess.value for path, guess in zip(paths(first), first, strict=True)}
+    for path, guess in zip(paths(second), second, strict=True):
+        worth[path] = max(worth.get(path, 0.0), guess.value * left_over)
+    merged = merge([first, second], num_nodes, least)
+    assert len(set(paths(merged))) == len(merged) == min(sum(v >= least for v in worth.values()), num_nodes)
+    assert all(guess.parent < i for i, guess in enumerate(merged))
+    assert [worth[path] for path in paths(merged)] == pytest.approx([guess.value for guess in merged])
+    assert sorted(guess.value for guess in merged) == pytest.approx(sorted(worth.values())[len(worth) - len(merged) :])
+    assert all(
+        (path in paths(first)) == (guess.source == "prediction")
+        for path, guess in zip(paths(merged), merged, strict=True)
+    )
+
+
+def test_a_likelier_guess_takes_the_place_of_the_heads() -> None:
+    heads = [Guess(5, -1, 0.4, "heads"), Guess(6, 0, 0.2, "heads"), Guess(7, -1, 0.1, "heads")]
+    sure = [Guess(8, -1, 0.9, "ngram"), Guess(9, 0, 0.8, "ngram")]
+    weak = [Guess(5, -1, 0.3, "ngram"), Guess(9, 0, 0.1, "ngram")]
+    assert [guess.token for guess in merge([sure, heads], 3)] == [8, 9, 5]
+    assert [(guess.token, guess.source) for guess in merge([weak, heads], 3)] == [
+        (5, "ngram"),
+        (9, "ngram"),
+        (6, "heads"),
+    ]
+    assert merge([sure, heads], 2) == sure

@@ -33,6 +33,8 @@ def test_steps() -> None:
         num_draft_tokens=7,
         num_accepted_tokens=3,
         accepted_per_depth=(2, 1),
+        drafted_by_source=(4, 2, 1),
+        accepted_by_source=(1, 2, 0),
         prefix_cache_queries=10,
         prefix_cache_hits=4,
     )
@@ -47,6 +49,10 @@ def test_steps() -> None:
     assert value(metrics, "spec_decode_num_accepted_tokens_total") == 6
     assert value(metrics, "spec_decode_num_accepted_tokens_per_pos_total", position="0") == 4
     assert value(metrics, "spec_decode_num_accepted_tokens_per_pos_total", position="1") == 2
+    sources = ("heads", "ngram", "prediction")
+    drafted = [value(metrics, "spec_decode_num_draft_tokens_by_source_total", source=source) for source in sources]
+    accepted = [value(metrics, "spec_decode_num_accepted_tokens_by_source_total", source=source) for source in sources]
+    assert (drafted, accepted) == ([8, 4, 2], [2, 4, 0])
     assert value(metrics, "prefix_cache_queries_total") == 20
     assert value(metrics, "prefix_cache_hits_total") == 8
     assert value(metrics, "iteration_tokens_total_sum") == 2 * (10 + 3 + 3)

@@ -46,6 +46,15 @@ class Message(Body):
         return {key: value for key, value in data.items() if value or key not in empty}
 
 
+class Prediction(Body):
+    """OpenAI's Predicted Outputs: what the answer may well be. It changes the speed of the answer, never its text."""
+
+    type: Literal["content"] = Field(description="Only content.")
+    content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, str]])] = Field(
+        description="The predicted text: a string, or parts of type text."
+    )
+
+
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
@@ -93,6 +102,10 @@ class ChatRequest(GenerationRequest):
     )
     verbosity: Literal["low", "medium", "high"] | None = Field(
         default=None, description="Variable of the chat template, refused if it has none. Default: the template's."
+    )
+    prediction: Prediction | None = Field(
+        default=None,
+        description="Text that the answer will repeat in large parts, such as a file to be edited. Default: none.",
     )
     tools: Annotated[list[Any], AfterValidator(_no_tools)] = Field(default_factory=list)
     functions: Annotated[list[Any], AfterValidator(_no_tools)] = Field(

@@ -6,9 +6,8 @@ import random
 import zlib
 from collections.abc import Sequence
 
-from server.engine.core import TreeShape
 from server.engine.messages import ModelInfo, TokenLogprobs
-from server.engine.request import Outcome, Request, Work
+from server.engine.request import Draft, Outcome, Request, Work
 
 VOCAB = 11
 EOS = 0
@@ -38,9 +37,10 @@ class FakeRunner:
         self.pool: dict[int, int] = {}
         self.ready: set[str] = set()
         self.num_rows: list[int] = []
+        self.copies = False  # drafts without a hidden state, and more or less as it likes
 
     def can_draft(self, request: Request) -> bool:
-        return request.id in self.ready
+        return self.copies or request.id in self.ready
 
     def kernel_seconds(self) -> float:
         return 0.0
@@ -48,10 +48,13 @@ class FakeRunner:
     def forget(self, request: Request) -> None:
         self.ready.discard(request.id)
 
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[TreeShape]:
+    def copied_values(self, request: Request) -> list[float]:
+        return [0.9] * self.random.randrange(9) if self.copies else []
+
+    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[Draft]:
         return [self._tree(request, count) for request, count in zip(requests, num_nodes, strict=True)]
 
-    def _tree(self, request: Request, count: int) -> TreeShape:
+    def _tree(self, request: Request, count: int) -> Draft:
         tokens: list[int] = []
         parents: list[int] = []
         paths: list[list[int]] = []
@@ -64,7 +67,7 @@ class FakeRunner:
                 tokens.append(token)
                 parents.append(parent)
                 paths.append([*(paths[parent] if parent >= 0 else []), token])
-        return tuple(tokens), tuple(parents)
+        return Draft(tuple(tokens), tuple(parents), ("heads",) * len(tokens))
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:
         self.num_rows.append(sum(work.num_chain + len(work.node_tokens) for work in works))

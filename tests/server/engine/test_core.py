@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import pytest
 from fakes import EOS, VOCAB, FakeRunner, reference
 
-from server.engine.core import Engine, TreeShape
+from server.engine.core import Engine
 from server.engine.messages import Delta, EngineConfig, SamplingParams, SpeculationParams, Submit
-from server.engine.request import Outcome, Request, Work
+from server.engine.request import Draft, Outcome, Request, Work
 
 
 def make_engine(num_slots: int = 200, *, max_model_len: int = 60, seed: int = 0, **config: object) -> Engine:
@@ -262,6 +262,26 @@ def test_prompt_logprobs_come_once_and_complete_even_when_chunked() -> None:
     assert [entry and entry.token_id for entry in collected] == [None, *prompt[1:]]
 
 
+def test_a_tree_may_hang_below_the_prompts_own_last_row() -> None:
+    engine = make_engine(num_nodes=30)
+    assert isinstance(engine.runner, FakeRunner)
+    engine.runner.copies = True
+    for name in ("a", "b"):  # the second finds the first one's prompt in the cache, and nothing but the prompt
+        engine.submit(submit(name, [1, 2, 3], 12, ignore_eos=True))
+        first = engine.step()
+        assert first.stats.num_draft_tokens > 0
+        deltas = [*first.deltas, *drain(engine)]
+        assert text(deltas, name) == reference([1, 2, 3], 12, ignore_eos=True)
+
+
+def test_a_prompt_under_way_keeps_no_rows_for_its_tree() -> None:
+    engine = make_engine(300, max_model_len=200, max_num_batched_rows=16)
+    assert isinstance(engine.runner, FakeRunner)
+    engine.runner.copies = True
+    engine.submit(submit("a", [1] * 100, 2))
+    assert [engine.step().stats.num_rows for _ in range(6)] == [16] * 6
+
+
 def test_abort_frees_everything_at_once() -> None:
     engine = make_engine(prefix_cache=False)
     engine.submit(submit("a", [1, 2, 3], 30, ignore_eos=True))
@@ -288,6 +308,8 @@ class Play:
             max_num_batched_rows=self.random.choice([12, 16, 64]),
             prefix_cache=self.random.random() < 0.8,
         )
+        assert isinstance(self.engine.runner, FakeRunner)
+        self.engine.runner.copies = self.random.random() < 0.5
         self.submitted: dict[str, Submit] = {}
         self.got: dict[str, list[int]] = defaultdict(list)
         self.ends: dict[str, Delta] = {}
@@ -363,7 +385,7 @@ class WorkingRunner(FakeRunner):
         self.clock = clock
         self.in_kernels = 50.0  # while loading
 
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[TreeShape]:
+    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[Draft]:
         self.clock.now += 1
         return super().draft(requests, num_nodes)
 

@@ -300,7 +300,7 @@ def test_drafts_start_from_the_last_accepted_row_with_the_verifiers_noise(
         first_rows.append(rows[0])
         return sampling.sample(logits, rows)
 
-    monkeypatch.setattr("server.engine.runner.propose", propose)
+    monkeypatch.setattr("models.drafters.combined.propose", propose)
     monkeypatch.setattr("server.engine.runner.sampling", SimpleNamespace(**{**vars(sampling), "sample": sample}))
     engine.submit(submit("a", PROMPTS[0], SAMPLINGS["plain"]))
     reference = tiny_llama(64, scale=2.0)

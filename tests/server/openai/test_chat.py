@@ -116,6 +116,50 @@ async def test_harmless_fields_are_tolerated(client: httpx.AsyncClient) -> None:
     await post(client, **known, **none, temperature=None, stop=None)
 
 
+@pytest.mark.parametrize("content", ["a\nb", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]])
+async def test_prediction(client: httpx.AsyncClient, engine: ScriptedEngine, content: object) -> None:
+    counts = {"num_accepted_prediction_tokens": 3, "num_rejected_prediction_tokens": 1}
+    engine.script = lambda submit: say(submit, "Hello", speculation=counts)
+    body = await post(client, prediction={"type": "content", "content": content}, n=2)
+    assert [submit.prediction for submit in engine.submits] == [tuple(b"a\nb")] * 2
+    details = {"accepted_prediction_tokens": 6, "rejected_prediction_tokens": 2}
+    assert body["usage"]["completion_tokens_details"] == details
+
+
+async def test_what_became_of_a_prediction_is_unknown_until_the_end(
+    client: httpx.AsyncClient, engine: ScriptedEngine
+) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"messages": [USER], "stream": True, "stream_options": options}
+    response = await client.post("/v1/chat/completions", json=body)
+    details = [chunk["usage"]["completion_tokens_details"] for chunk in events(response.text)]
+    assert details[0] is None
+    assert details[-1] == {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "param"),
+    [
+        ("Hello", "prediction"),
+        ({"type": "content"}, "prediction.content"),
+        ({"type": "text", "content": "a"}, "prediction.type"),
+        ({"type": "content", "content": [{"type": "image_url"}]}, "prediction.content"),
+        ({"type": "content", "content": "a", "more": 1}, "prediction.more"),
+    ],
+)
+async def test_what_is_no_prediction_is_refused(client: httpx.AsyncClient, prediction: object, param: str) -> None:
+    response = await client.post("/v1/chat/completions", json={"messages": [USER], "prediction": prediction})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+async def test_completions_have_no_prediction(client: httpx.AsyncClient) -> None:
+    body = {"prompt": "Hi", "prediction": {"type": "content", "content": "a"}}
+    response = await client.post("/v1/completions", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "prediction"
+
+
 async def test_template_refuses(client: httpx.AsyncClient) -> None:
     messages = [{"role": "assistant", "content": "first"}]
     response = await client.post("/v1/chat/completions", json={"messages": messages})

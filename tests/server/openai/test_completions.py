@@ -45,6 +45,7 @@ async def test_object(client: httpx.AsyncClient) -> None:
             "completion_tokens": 5,
             "total_tokens": 7,
             "prompt_tokens_details": {"cached_tokens": 2},
+            "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
         },
         "metrics": {"speculative_decoding": nothing | rates},
     }

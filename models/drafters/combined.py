@@ -1,0 +1,62 @@
+"""All guesses for the requests of a step: copied tokens, and the heads' where those leave room, as one tree each.
+
+Invariant: the heads run once for all requests that ask them, and only for those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.drafters.medusa import DraftRow, Heads, propose
+from models.drafters.resblock import DEFAULT_ACCURACIES, Accuracies
+from models.tree import Guess, draft_from_heads, merge
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """One request's tree: at most `num_nodes`, no deeper than `max_depth`."""
+
+    num_nodes: int
+    max_depth: int
+    copied: Sequence[Guess]
+    row: DraftRow
+    hidden: Tensor | None  # [hidden] of the last accepted row; without it the heads cannot guess
+
+
+def combine(heads: Heads | None, wishes: Sequence[Wish]) -> list[list[Guess]]:
+    """The best guesses for each wish, best by value."""
+    if heads is None:
+        return [merge([wish.copied], wish.num_nodes) for wish in wishes]
+    accuracies = (heads.accuracies or DEFAULT_ACCURACIES)[: heads.num_heads]
+    asking = [i for i, wish in enumerate(wishes) if _leaves_room(wish, accuracies[0][0])]
+    ranked = dict(zip(asking, _candidates(heads, accuracies, [wishes[i] for i in asking]), strict=True))
+    return [
+        merge([wish.copied, _from_heads(accuracies, ranked[i], wish) if i in ranked else []], wish.num_nodes)
+        for i, wish in enumerate(wishes)
+    ]
+
+
+def _leaves_room(wish: Wish, value: float) -> bool:
+    """Would a guess of the heads, of this value and unlike the copied ones, be among the nodes?"""
+    if wish.hidden is None or len(wish.copied) < wish.num_nodes:
+        return wish.hidden is not None
+    best = Guess(-1, -1, value, "heads")
+    return any(guess.source == "heads" for guess in merge([wish.copied, [best]], wish.num_nodes))
+
+
+def _candidates(heads: Heads, accuracies: Accuracies, wishes: Sequence[Wish]) -> list[list[list[int]]]:
+    """[wishes][depth][rank] token ids, best first."""
+    hidden = [wish.hidden for wish in wishes if wish.hidden is not None]
+    if not hidden:
+        return []
+    num_ranks = min(max(map(len, accuracies)), len(heads.token_ids))
+    return propose(heads, torch.stack(hidden), [wish.row for wish in wishes], num_ranks)
+
+
+def _from_heads(accuracies: Accuracies, ranked: Sequence[Sequence[int]], wish: Wish) -> list[Guess]:
+    reachable = tuple(depth[: len(ranked[0])] for depth in accuracies[: wish.max_depth])
+    return draft_from_heads(reachable, ranked, wish.num_nodes)
