@@ -30,10 +30,8 @@ async def create_chat_completion(request: ChatRequest, http: Request, service: S
     _check(request)
     service.check_ready()
     reply_id = f"chatcmpl-{uuid.uuid4().hex}"
-    submits = await asyncio.to_thread(_prepare, request, service, reply_id)
-    service.metrics.params_n.observe(request.n)
-    options = TextOptions(tuple(request.stop), request.include_stop_str_in_output, request.skip_special_tokens)
-    generation = Generation(service, submits, options, arrival)
+    submits = await asyncio.to_thread(prepare, request, service, reply_id)
+    generation = generate(request, service, submits, arrival)
     shape = ChatShape(service.tokenizer, has_logprobs=request.logprobs)
     return await Reply(reply_id, service.model_name, generation, shape).respond(http, request)
 
@@ -48,7 +46,8 @@ def _check(request: ChatRequest) -> None:
         )
 
 
-def _prepare(request: ChatRequest, service: Service, reply_id: str) -> list[Submit]:
+def prepare(request: ChatRequest, service: Service, reply_id: str) -> list[Submit]:
+    """What the engine is asked for. Raises InvalidRequestError and ContextLengthError."""
     prompt = service.tokenizer.chat_prompt(
         [_turn(message) for message in request.messages],
         add_generation_prompt=request.add_generation_prompt,
@@ -64,6 +63,13 @@ def _prepare(request: ChatRequest, service: Service, reply_id: str) -> list[Subm
         max_tokens=request.max_completion_tokens or request.max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
+
+
+def generate(request: ChatRequest, service: Service, submits: list[Submit], arrival: float) -> Generation:
+    """The submits at the engine, as text."""
+    service.metrics.params_n.observe(request.n)
+    options = TextOptions(tuple(request.stop), request.include_stop_str_in_output, request.skip_special_tokens)
+    return Generation(service, submits, options, arrival)
 
 
 def _turn(message: Message) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from server.openai.schema.common import (
     TOLERATED,
     Body,
     GenerationRequest,
+    RequestBody,
     SpeculationOptions,
     StreamOptions,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "CompletionRequest",
     "GenerationRequest",
     "Message",
+    "RequestBody",
     "SpeculationOptions",
     "StreamOptions",
 ]

@@ -53,7 +53,25 @@ class SpeculationOptions(Body):
     delta: float = Field(default=0.3, gt=0, le=1)
 
 
-class GenerationRequest(Body):
+class RequestBody(Body):
+    """Base of whole bodies."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_unicode(cls, data: Any) -> Any:
+        """JSON can smuggle in half a surrogate pair, which is no text and cannot be encoded."""
+        if not isinstance(data, dict):
+            return data
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except RecursionError as error:
+            raise ValueError("the body is nested too deeply") from error
+        except UnicodeEncodeError as error:
+            raise ValueError("the body holds half a surrogate pair (\\ud800 to \\udfff), which is no text") from error
+        return data
+
+
+class GenerationRequest(RequestBody):
     """What completions and chat completions have in common. Ranges are OpenAI's, and vLLM's where OpenAI has none."""
 
     model: str | None = None  # the served model, if absent
@@ -88,17 +106,3 @@ class GenerationRequest(Body):
     store: bool | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_unicode(cls, data: Any) -> Any:
-        """JSON can smuggle in half a surrogate pair, which is no text and cannot be encoded."""
-        if not isinstance(data, dict):
-            return data
-        try:
-            json.dumps(data, ensure_ascii=False).encode()
-        except RecursionError as error:
-            raise ValueError("the body is nested too deeply") from error
-        except UnicodeEncodeError as error:
-            raise ValueError("the body holds half a surrogate pair (\\ud800 to \\udfff), which is no text") from error
-        return data
