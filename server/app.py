@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import __version__, ops
 from server.metrics import Metrics
-from server.openai import chat, completions, faults, models, responses
+from server.openai import chat, completions, faults, models, pages, responses, tokens
 from server.openai.service import Engine, Service
 from server.text.prompt import Tokenizer
 
@@ -27,8 +27,9 @@ def create_app(engine: Engine, tokenizer: Tokenizer, *, model_name: str, metrics
     app = FastAPI(title="medusa-serve", version=__version__, lifespan=lifespan, responses=faults.DOCUMENTED)
     app.state.service = Service(engine, tokenizer, metrics, model_name)
     faults.install(app)
-    for room in (completions, chat, responses, models, ops):
+    for room in (completions, chat, responses, models, tokens, ops):
         app.include_router(room.router)
+    pages.install(app)
     app.add_middleware(CountRequests, metrics=metrics)
     return app
 

@@ -11,20 +11,26 @@ from fastapi import APIRouter, Request, Response
 
 from server.engine.messages import Submit
 from server.errors import InvalidRequestError
+from server.openai.answers import ChatCompletion, ChatCompletionChunk
 from server.openai.generation import Generation, Piece, TextOptions
 from server.openai.logprobs import chat_logprobs
+from server.openai.pages import END, streamed
 from server.openai.params import build_submits, check_stream_options
 from server.openai.reply import Reply
 from server.openai.schema import ChatRequest, Message
 from server.openai.service import Service, ServiceDep
 from server.text.prompt import Tokenizer
 
-router = APIRouter()
+router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/chat/completions")
+@router.post(
+    "/v1/chat/completions",
+    summary="Answer a conversation",
+    responses=streamed(ChatCompletion, ChatCompletionChunk, END),
+)
 async def create_chat_completion(request: ChatRequest, http: Request, service: ServiceDep) -> Response:
-    """Answer a conversation."""
+    """The assistant's next turn, by the model's chat template."""
     arrival = perf_counter()
     service.check_model(request.model)
     _check(request)
@@ -49,7 +55,7 @@ def _check(request: ChatRequest) -> None:
 def prepare(request: ChatRequest, service: Service, reply_id: str) -> list[Submit]:
     """What the engine is asked for. Raises InvalidRequestError and ContextLengthError."""
     prompt = service.tokenizer.chat_prompt(
-        [_turn(message) for message in request.messages],
+        [turn(message) for message in request.messages],
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
         template_kwargs=request.chat_template_kwargs,
@@ -72,7 +78,8 @@ def generate(request: ChatRequest, service: Service, submits: list[Submit], arri
     return Generation(service, submits, options, arrival)
 
 
-def _turn(message: Message) -> dict[str, Any]:
+def turn(message: Message) -> dict[str, Any]:
+    """A message as chat templates know it."""
     role = "system" if message.role == "developer" else message.role
     turn = {"role": role, "content": message.content}
     return turn if message.name is None else {**turn, "name": message.name}

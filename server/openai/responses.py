@@ -23,6 +23,8 @@ from server.engine.messages import Submit
 from server.errors import ContextLengthError, InvalidRequestError, MedusaError
 from server.openai import chat
 from server.openai.faults import explain
+from server.openai.pages import streamed
+from server.openai.responses_answers import ResponseObject, ResponseStreamEvent
 from server.openai.responses_reply import ResponsesReply
 from server.openai.responses_schema import LOGPROBS, SHARED, MessageItem, ResponsesRequest
 from server.openai.schema import ChatRequest
@@ -35,12 +37,16 @@ FIELDS = {
     "response_format": "text.format",
 }
 
-router = APIRouter()
+router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/responses")
+@router.post(
+    "/v1/responses",
+    summary="Answer a conversation, in the newer shape",
+    responses=streamed(ResponseObject, ResponseStreamEvent),
+)
 async def create_response(request: ResponsesRequest, http: Request, service: ServiceDep) -> Response:
-    """Answer a conversation. Nothing is stored: each request brings the whole conversation."""
+    """Nothing is stored: each request brings the whole conversation."""
     arrival = perf_counter()
     service.check_model(request.model)
     _check(request)

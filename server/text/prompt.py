@@ -85,6 +85,10 @@ class Tokenizer:
         """`token_bytes` as text, its leading space included."""
         return self.token_bytes(id).decode("utf-8", "replace")
 
+    def token_name(self, id: int) -> str:
+        """The token as the vocabulary has it; empty if there is no such id."""
+        return self._backend.id_to_token(id) or ""
+
     def chat_prompt(
         self,
         messages: list[dict[str, Any]],
@@ -92,8 +96,9 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: dict[str, Any] | None = None,
+        add_special_tokens: bool = False,
     ) -> list[int]:
-        """Token ids of a conversation, by the model's chat template.
+        """Token ids of a conversation, by the model's chat template, which writes the special tokens itself.
 
         Raises InvalidRequestError if there is no template, or if the template refuses these messages.
         """
@@ -117,7 +122,7 @@ class Tokenizer:
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             message = f"The model's chat template refuses these messages: {error}"
             raise InvalidRequestError(message, param="messages") from error
-        return self.encode(rendered[0], add_special_tokens=False)
+        return self.encode(rendered[0], add_special_tokens=add_special_tokens)
 
     def _token_bytes(self, id: int) -> bytes:
         token = self._backend.id_to_token(id)
