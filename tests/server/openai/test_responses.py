@@ -7,10 +7,12 @@ from typing import Any, get_args, get_type_hints
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseIncludable, ResponseStreamEvent
 from openai.types.responses.response_create_params import ResponseCreateParamsStreaming
 from pydantic import TypeAdapter
-from scripted import EOS, MODEL, ScriptedEngine, app_of, client_of, say
+from scripted import EOS, HANG, MODEL, ScriptedEngine, app_of, client_of, live, say, wait_for
 
 from server.engine.messages import Delta
 from server.openai.responses_schema import LOGPROBS, SHARED, ResponsesRequest
@@ -267,6 +269,32 @@ async def test_stream(client: httpx.AsyncClient, engine: ScriptedEngine) -> None
     changing = ("id", "created_at", "completed_at", "output")
     assert {k: v for k, v in last.items() if k not in changing} == {k: v for k, v in whole.items() if k not in changing}
     assert last["output"][0]["content"] == whole["output"][0]["content"]
+
+
+@settings(max_examples=30)
+@given(
+    text=st.text(st.characters(codec="utf-8"), min_size=1),
+    by=st.integers(1, 5),
+    stop=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=2), max_size=4),
+)
+async def test_deltas_joined_are_the_text(text: str, by: int, stop: list[str]) -> None:
+    engine = ScriptedEngine(lambda submit: say(submit, text, by=by))
+    async with client_of(app_of(engine)) as client:
+        whole = (await post(client, stop=stop))["output"][0]["content"][0]["text"]
+        found = await stream(client, stop=stop)
+    deltas = [event["delta"] for event in found if event["type"] == "response.output_text.delta"]
+    assert "".join(deltas) == whole == text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+    assert found[-1]["response"]["output"][0]["content"][0]["text"] == whole
+
+
+def test_leaving_a_stream_aborts() -> None:
+    engine = ScriptedEngine(lambda submit: [say(submit, "ab")[0], HANG])
+    with live(app_of(engine)) as url:
+        with httpx.stream("POST", f"{url}/v1/responses", json={"input": "Hi", "stream": True}) as response:
+            lines = response.iter_lines()
+            assert next(lines) == "event: response.created"
+            assert engine.aborted == []
+        wait_for(lambda: len(engine.aborted) == 1, 1)
 
 
 async def test_stream_of_logprobs(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
