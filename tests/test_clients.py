@@ -17,6 +17,7 @@ import pytest
 import test_end_to_end
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseCompletedEvent, ResponseIncompleteEvent
 from test_end_to_end import MODEL, Server, serving
 
@@ -141,6 +142,40 @@ def test_langchain(server: Server, text: str, use_responses_api: bool) -> None:
     assert "".join(chunk.text for chunk in chunks) == text
     assert len(chunks) > 3
     assert [answer.text for answer in model.batch([QUESTION, "Hi.", QUESTION])][::2] == [text, text]
+
+
+SUBJECTS = ["海", "Straße 🏡", "наука", "a cat 🐈‍⬛", "数学", "naïveté", "🎲", "العربية", "π", "tea"]
+TASKS = ["Say it twice: {}", "{}? Answer with emoji.", "用中文写: {}", "Spell {}", "{}, {}, {},"] * 2
+
+
+def prompts() -> list[tuple[str, list[str]]]:
+    """A hundred, every second one with stop strings."""
+    texts = [task.replace("{}", subject) for subject in SUBJECTS for task in TASKS]
+    return [(text, [" ", "。", "!"] if number % 2 else []) for number, text in enumerate(texts)]
+
+
+async def test_streams_of_a_hundred_prompts(server: Server) -> None:
+    """Every chunk is of the client's type; joined they are the text that comes in one piece."""
+    few = asyncio.Semaphore(16)
+
+    async def both(client: httpx.AsyncClient, prompt: str, stop: list[str]) -> str:
+        body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 12, "stop": stop, "seed": len(prompt)}
+        async with few:
+            whole = (await client.post("/v1/chat/completions", json=body)).json()
+            stream = (await client.post("/v1/chat/completions", json=body | {"stream": True})).text
+        *lines, end = [line.removeprefix("data: ") for line in stream.splitlines() if line]
+        chunks = [ChatCompletionChunk.model_validate_json(line) for line in lines]
+        content = ChatCompletion.model_validate(whole).choices[0].message.content
+        assert end == "[DONE]"
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == content
+        assert content is not None
+        assert not any(text in content for text in stop)
+        return content
+
+    async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
+        texts = await asyncio.gather(*(both(client, *prompt) for prompt in prompts()))
+    assert len(texts) == 100
+    assert not all(text.isascii() for text in texts)
 
 
 LITELLM = """

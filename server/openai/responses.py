@@ -94,7 +94,7 @@ def _since(items: Sequence[MessageItem], start: int) -> list[MessageItem]:
 
 
 def as_chat(request: ResponsesRequest, items: Sequence[MessageItem]) -> ChatRequest:
-    """The chat completion that answers `items`. Raises InvalidRequestError in the chat's own words."""
+    """The chat completion that answers `items`. Raises InvalidRequestError."""
     instructions = [] if request.instructions is None else [{"role": "system", "content": request.instructions}]
     has_logprobs = LOGPROBS in request.include
     body = {
@@ -109,7 +109,7 @@ def as_chat(request: ResponsesRequest, items: Sequence[MessageItem]) -> ChatRequ
         return ChatRequest.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
-        raise explain({**first, "loc": ("body", *first["loc"])}) from error
+        raise explain({**first, "loc": ("body", *_ours(first["loc"]))}) from error
 
 
 def _turn(item: MessageItem) -> dict[str, Any]:
@@ -129,8 +129,12 @@ def _our_names() -> Iterator[None]:
     try:
         yield
     except MedusaError as error:
-        name, bracket, rest = (error.param or "").partition("[")
-        field, dot, inner = name.partition(".")
-        if field in FIELDS:
-            error.param = FIELDS[field] + dot + inner + bracket + rest
+        if error.param is not None:
+            error.param = ".".join(_ours(error.param.split(".")))
         raise
+
+
+def _ours(path: Sequence[Any]) -> list[Any]:
+    """`response_format.json_schema.schema` is `text.format.schema` here."""
+    head, *rest = path
+    return [*FIELDS.get(head, head).split("."), *(part for part in rest if part != "json_schema")]

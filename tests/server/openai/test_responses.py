@@ -232,6 +232,12 @@ async def test_sampling_reaches_the_engine(client: httpx.AsyncClient, engine: Sc
     assert (submit.priority, submit.speculation.mode, submit.speculation.epsilon) == (3, "typical", 0.2)
 
 
+async def test_errors_of_the_chat_have_our_names(client: httpx.AsyncClient) -> None:
+    error = await refused(client, text={"format": {"type": "json_object"}})
+    assert error["param"] == "text.format"
+    assert error["message"].startswith("Invalid 'text.format'")
+
+
 async def test_stop(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     body = await post(client, stop="lo")
     assert (body["output"][0]["content"][0]["text"], body["status"]) == ("Hel", "completed")
