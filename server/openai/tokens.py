@@ -23,7 +23,7 @@ router = APIRouter(tags=["tokens"])
 class TokenizeRequest(RequestBody):
     """Either a prompt or messages."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
 
     model: str | None = Field(default=None, description="The served model, if absent.")
     prompt: str | None = Field(default=None, description="A text, as for /v1/completions.")
