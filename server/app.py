@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import __version__, ops
 from server.metrics import Metrics
-from server.openai import chat, completions, faults, models
+from server.openai import chat, completions, faults, models, pages, responses, tokens
 from server.openai.service import Engine, Service
 from server.text.prompt import Tokenizer
 
@@ -34,8 +34,9 @@ def create_app(
     app = FastAPI(title="medusa-serve", version=__version__, lifespan=lifespan, responses=faults.DOCUMENTED)
     app.state.service = Service(engine, tokenizer, metrics, model_name, trust_request_chat_template)
     faults.install(app)
-    for room in (completions, chat, models, ops):
+    for room in (completions, chat, responses, models, tokens, ops):
         app.include_router(room.router)
+    pages.install(app)
     app.add_middleware(CountRequests, metrics=metrics)
     return app
 

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server import __version__
+from server.openai.answers import HealthAnswer, VersionAnswer
 from server.openai.service import ServiceDep
 
-router = APIRouter()
+router = APIRouter(tags=["operation"])
 
 
-@router.get("/health")
-@router.get("/ready")
-async def health(service: ServiceDep) -> dict[str, str]:
+@router.get("/health", summary="Is the engine alive?")
+@router.get("/ready", summary="Can requests be sent?")
+async def health(service: ServiceDep) -> HealthAnswer:
     """200 while the engine takes requests. Raises EngineDeadError (503) while it does not."""
     service.check_ready()
-    return {"status": service.engine.status}
+    return HealthAnswer(status="ready")
 
 
-@router.get("/metrics")
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
 async def metrics(service: ServiceDep) -> Response:
     """Prometheus text."""
     return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/version")
-async def version() -> dict[str, str]:
+@router.get("/version", summary="The server's version")
+async def version() -> VersionAnswer:
     """Of the server."""
-    return {"version": __version__}
+    return VersionAnswer(version=__version__)

@@ -1,1 +1,1 @@
-"""OpenAI-shaped routes: schemas, completions, chat, models, server-sent events."""
+"""OpenAI-shaped routes: schemas, completions, chat, responses, models, tokens, server-sent events."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -13,36 +14,35 @@ from fastapi import APIRouter, Request, Response
 
 from server.engine.messages import Submit
 from server.errors import InvalidRequestError
+from server.openai.answers import ChatCompletion, ChatCompletionChunk
 from server.openai.generation import Generation, Piece, TextOptions
 from server.openai.logprobs import chat_logprobs, prompt_logprobs
+from server.openai.pages import END, streamed
 from server.openai.params import build_submits, check_stream_options
 from server.openai.reply import Reply
 from server.openai.schema import ChatRequest, Message
 from server.openai.service import Service, ServiceDep
 from server.text.prompt import Tokenizer
 
-router = APIRouter()
+router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/chat/completions")
+@router.post(
+    "/v1/chat/completions",
+    summary="Answer a conversation",
+    responses=streamed(ChatCompletion, ChatCompletionChunk, END),
+)
 async def create_chat_completion(request: ChatRequest, http: Request, service: ServiceDep) -> Response:
-    """Answer a conversation."""
+    """The assistant's next turn, by the model's chat template."""
     arrival = perf_counter()
     service.check_model(request.model)
     _check(request)
     service.check_ready()
     reply_id = f"chatcmpl-{uuid.uuid4().hex}"
-    submits, echo = await asyncio.to_thread(_prepare, request, service, reply_id)
-    service.metrics.params_n.observe(request.n)
-    options = TextOptions(
-        tuple(request.stop),
-        request.include_stop_str_in_output,
-        request.skip_special_tokens,
-        token_ids=request.return_token_ids,
-    )
-    generation = Generation(service, submits, options, arrival, [echo] * len(submits))
+    prepared = await asyncio.to_thread(prepare, request, service, reply_id)
+    generation = generate(request, service, prepared, arrival)
     shape = ChatShape(service.tokenizer, has_logprobs=request.logprobs)
-    extra = partial(_extra, request, service.tokenizer, submits[0].prompt)
+    extra = partial(_extra, request, service.tokenizer, prepared.submits[0].prompt)
     return await Reply(reply_id, service.model_name, generation, shape, extra=extra).respond(http, request)
 
 
@@ -56,11 +56,19 @@ def _check(request: ChatRequest) -> None:
         )
 
 
-def _prepare(request: ChatRequest, service: Service, reply_id: str) -> tuple[list[Submit], str]:
-    """The submits, and what every choice says first."""
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked request: what the engine is asked for, and what every choice says first."""
+
+    submits: list[Submit]
+    echo: str
+
+
+def prepare(request: ChatRequest, service: Service, reply_id: str) -> Prepared:
+    """Raises InvalidRequestError and ContextLengthError."""
     _check_template(request, service)
     prompt = service.tokenizer.chat_prompt(
-        [_turn(message) for message in request.messages],
+        [turn(message) for message in request.messages],
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
         template_kwargs=(request.chat_template_kwargs or {}) | _variables(request),
@@ -80,7 +88,7 @@ def _prepare(request: ChatRequest, service: Service, reply_id: str) -> tuple[lis
     )
     last = request.messages[-1]
     continues = last.role == "assistant" or request.continue_final_message
-    return submits, (last.content or "") if request.echo and continues else ""
+    return Prepared(submits, (last.content or "") if request.echo and continues else "")
 
 
 def _check_template(request: ChatRequest, service: Service) -> None:
@@ -122,7 +130,20 @@ def _prediction(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(request.prediction.content, add_special_tokens=False)
 
 
-def _turn(message: Message) -> dict[str, Any]:
+def generate(request: ChatRequest, service: Service, prepared: Prepared, arrival: float) -> Generation:
+    """The submits at the engine, as text."""
+    service.metrics.params_n.observe(request.n)
+    options = TextOptions(
+        tuple(request.stop),
+        request.include_stop_str_in_output,
+        request.skip_special_tokens,
+        token_ids=request.return_token_ids,
+    )
+    return Generation(service, prepared.submits, options, arrival, [prepared.echo] * len(prepared.submits))
+
+
+def turn(message: Message) -> dict[str, Any]:
+    """A message as chat templates know it."""
     role = "system" if message.role == "developer" else message.role
     turn = {"role": role, "content": message.content}
     return turn if message.name is None else {**turn, "name": message.name}

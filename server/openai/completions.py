@@ -12,9 +12,11 @@ from fastapi import APIRouter, Request, Response
 
 from server.engine.messages import Submit
 from server.errors import InvalidRequestError
+from server.openai.answers import Completion, CompletionChunk
 from server.openai.best_of import BestOf
 from server.openai.generation import Generation, Piece, TextOptions
 from server.openai.logprobs import CompletionLogprobs, prompt_logprobs
+from server.openai.pages import END, streamed
 from server.openai.params import build_submits, check_stream_options, check_token_ids
 from server.openai.reply import Reply
 from server.openai.schema import CompletionRequest
@@ -23,12 +25,12 @@ from server.text.prompt import Tokenizer
 
 MAX_TOTAL_CHOICES = 1024
 
-router = APIRouter()
+router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", summary="Continue a text", responses=streamed(Completion, CompletionChunk, END))
 async def create_completion(request: CompletionRequest, http: Request, service: ServiceDep) -> Response:
-    """Continue each prompt."""
+    """Each prompt goes on, `n` times."""
     arrival = perf_counter()
     service.check_model(request.model)
     _check(request)

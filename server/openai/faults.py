@@ -18,9 +18,10 @@ from starlette.exceptions import HTTPException
 from server.errors import InvalidRequestError, MedusaError
 
 RETRY_SECONDS = "5"
+_ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}  # whatever a 200 is
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "The request is at fault: OpenAI's error object."},
-    "5XX": {"description": "The server is at fault: OpenAI's error object."},
+    "4XX": {"description": "The request is at fault: OpenAI's error object.", "content": _ERROR},
+    "5XX": {"description": "The server is at fault: OpenAI's error object.", "content": _ERROR},
 }
 
 

@@ -194,10 +194,11 @@ class Generation:
         async with aclosing(self.pieces()) as pieces:
             async for piece in pieces:
                 parts[piece.index].append(piece)
-        return [_join(part) for part in parts]
+        return [join(part) for part in parts]
 
 
-def _join(parts: Sequence[Piece]) -> Piece:
+def join(parts: Sequence[Piece]) -> Piece:
+    """The pieces of a choice as one."""
     text = "".join(part.text for part in parts)
     tokens = tuple(token for part in parts for token in part.tokens)
     has_ids = parts[-1].token_ids is not None

@@ -8,7 +8,7 @@ Invariants:
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import cache
@@ -62,10 +62,7 @@ class Reply:
         """The response to `request`, which came by `http`."""
         if request.stream:
             return EventStream(self.events(request.stream_options or StreamOptions()))
-        try:
-            return JSONResponse(await until_disconnect(http.receive, self.whole()))
-        except ClientDisconnect:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return await unless_gone(http, self.whole())
 
     async def whole(self) -> Json:
         """The response object."""
@@ -126,9 +123,22 @@ class Reply:
         return usage(self.generation.choices)
 
     def _metrics(self) -> Json:
-        stats = [choice.stats for choice in self.generation.choices]
-        known = [stat.speculation for stat in stats if stat is not None]
-        return {"speculative_decoding": speculation(known) if len(known) == len(stats) else None}
+        return metrics(self.generation.choices)
+
+
+async def unless_gone(http: Request, work: Coroutine[Any, Any, Json]) -> Response:
+    """What `work` returns, as a response; the work ends when the client leaves."""
+    try:
+        return JSONResponse(await until_disconnect(http.receive, work))
+    except ClientDisconnect:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def metrics(choices: Sequence[Choice]) -> Json:
+    """Ours. Null while the engine has not said it of every choice."""
+    stats = [choice.stats for choice in choices]
+    known = [stat.speculation for stat in stats if stat is not None]
+    return {"speculative_decoding": speculation(known) if len(known) == len(stats) else None}
 
 
 def usage(choices: Sequence[Choice]) -> Json:

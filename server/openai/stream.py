@@ -1,7 +1,7 @@
 """Server-sent events, and clients that go away.
 
 Invariants:
-- an event stream ends with `data: [DONE]`, also after an error, unless its reader has gone;
+- an event stream ends with `data: [DONE]` where OpenAI's does, also after an error, unless its reader has gone;
 - when the client goes away the work for it is cancelled at once, not when the next byte fails to be sent;
 - of the many chunks that differ by one text only, nothing but that text is encoded again.
 """
@@ -50,6 +50,7 @@ class EventStream(Response):
     """Sends the events, then the end. Closes the generator when done, and when the client goes away."""
 
     media_type = "text/event-stream"
+    end = b"data: [DONE]\n\n"
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         self.status_code = 200
@@ -71,8 +72,14 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": body, "more_body": True})
         except MedusaError as error:
             await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": self.end, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class NamedEventStream(EventStream):
+    """A stream whose last event says that it is the last."""
+
+    end = b""
 
 
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}  # some clients split lines there
@@ -83,6 +90,11 @@ _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 def event(content: Mapping[str, Any]) -> bytes:
     """One event of a stream."""
     return b"data: " + _encode(content) + b"\n\n"
+
+
+def named_event(content: Mapping[str, Any]) -> bytes:
+    """One event of a stream whose events have a type."""
+    return f"event: {content['type']}\n".encode() + event(content)
 
 
 class EventTemplate:

@@ -92,6 +92,10 @@ class Tokenizer:
         """Whether the model is a chat model."""
         return self._template is not None
 
+    def token_name(self, id: int) -> str:
+        """The token as the vocabulary has it; empty if there is no such id."""
+        return self._backend.id_to_token(id) or ""
+
     def chat_prompt(
         self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any
     ) -> list[int]:

@@ -18,6 +18,7 @@ from server.openai.schema.common import (
     TOLERATED,
     Body,
     GenerationRequest,
+    RequestBody,
     SpeculationOptions,
     StreamOptions,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "CompletionRequest",
     "GenerationRequest",
     "Message",
+    "RequestBody",
     "SpeculationOptions",
     "StreamOptions",
 ]

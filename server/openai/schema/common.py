@@ -5,7 +5,16 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from server.engine.messages import SpeculationMode
 
@@ -54,6 +63,13 @@ def _plain_text(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    words = {key: schema.pop(key) for key in ("title", "description", "default", "examples") if key in schema}
+    kinds = schema["anyOf"] if schema.keys() == {"anyOf"} else [schema]
+    null = {"type": "null"}
+    return words | {"anyOf": kinds if null in kinds else [*kinds, null]}
+
+
 class Body(BaseModel):
     """Base of everything a client sends."""
 
@@ -65,6 +81,15 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The OpenAPI page says of null what the validator above does."""
+        schema = handler(core)
+        own = handler.resolve_ref_schema(schema)
+        for name in own.get("properties", {}).keys() - own.get("required", ()):
+            own["properties"][name] = _or_null(own["properties"][name])
+        return schema
 
 
 class StreamOptions(Body):
@@ -103,7 +128,25 @@ class SpeculationOptions(Body):
     )
 
 
-class GenerationRequest(Body):
+class RequestBody(Body):
+    """Base of whole bodies."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_unicode(cls, data: Any) -> Any:
+        """JSON can smuggle in half a surrogate pair, which is no text and cannot be encoded."""
+        if not isinstance(data, dict):
+            return data
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except RecursionError as error:
+            raise ValueError("the body is nested too deeply") from error
+        except UnicodeEncodeError as error:
+            raise ValueError("the body holds half a surrogate pair (\\ud800 to \\udfff), which is no text") from error
+        return data
+
+
+class GenerationRequest(RequestBody):
     """What completions and chat completions have in common. Ranges are OpenAI's, and vLLM's where OpenAI has none."""
 
     model: str | None = Field(default=None, description="The served model's name. Default: the served model.")
@@ -219,17 +262,3 @@ class GenerationRequest(Body):
     prompt_cache_key: str | None = Field(
         default=None, description="Tolerated: all requests share one prefix cache. No effect."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_unicode(cls, data: Any) -> Any:
-        """JSON can smuggle in half a surrogate pair, which is no text and cannot be encoded."""
-        if not isinstance(data, dict):
-            return data
-        try:
-            json.dumps(data, ensure_ascii=False).encode()
-        except RecursionError as error:
-            raise ValueError("the body is nested too deeply") from error
-        except UnicodeEncodeError as error:
-            raise ValueError("the body holds half a surrogate pair (\\ud800 to \\udfff), which is no text") from error
-        return data

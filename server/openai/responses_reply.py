@@ -1,0 +1,188 @@
+"""From a generation to the Response object of /v1/responses and the events of its stream.
+
+Invariants:
+- a response has one output item, a message with one part, its text;
+- every event has the next sequence number; the deltas joined are the text, and so with their log-probabilities;
+- a stream ends with `response.completed`, `response.incomplete` or `response.failed`, the whole object in it; before
+  the last comes an `error` event;
+- what the client asked for is echoed as it was understood.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from fastapi import Request, Response
+
+from server.errors import MedusaError
+from server.openai.generation import Generation, Piece, Scored, join
+from server.openai.logprobs import chat_logprobs
+from server.openai.reply import Json, metrics, unless_gone, usage
+from server.openai.responses_schema import LOGPROBS, ResponsesRequest
+from server.openai.service import Service
+from server.openai.stream import NamedEventStream, named_event
+
+PLACE = {"output_index": 0, "content_index": 0}
+STATUS = {"stop": "completed", "length": "incomplete", None: "in_progress"}
+ECHOED = (
+    "instructions",
+    "max_output_tokens",
+    "max_tool_calls",
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "safety_identifier",
+    "temperature",
+    "tool_choice",
+    "top_p",
+    "truncation",
+    "user",
+)
+
+
+@dataclass
+class ResponsesReply:
+    """One answer, as a whole or as a stream."""
+
+    id: str
+    service: Service
+    request: ResponsesRequest
+    generation: Generation
+    created: int = field(default_factory=lambda: int(time.time()))
+    item_id: str = field(default_factory=lambda: f"msg_{uuid.uuid4().hex}")
+
+    async def respond(self, http: Request) -> Response:
+        """The response to the request, which came by `http`."""
+        return NamedEventStream(self.events()) if self.request.stream else await unless_gone(http, self.whole())
+
+    async def whole(self) -> Json:
+        """The Response object."""
+        (piece,) = await self.generation.complete()
+        return self._finished(piece)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """All events, numbered."""
+        numbers = count()
+        async with aclosing(self._contents()) as contents:
+            async for content in contents:
+                yield named_event({**content, "sequence_number": next(numbers)})
+
+    async def _contents(self) -> AsyncGenerator[Json, None]:
+        for content in self._opening():
+            yield content
+        said: list[Piece] = []
+        try:
+            async with aclosing(self.generation.pieces()) as pieces:
+                async for piece in pieces:
+                    said.append(piece)
+                    if piece.text or piece.tokens:
+                        yield self._delta(piece)
+        except MedusaError as error:
+            for content in self._failure(error):
+                yield content
+            return
+        for content in self._closing(join(said)):
+            yield content
+
+    def _opening(self) -> list[Json]:
+        begun = self._object("in_progress")
+        return [
+            {"type": "response.created", "response": begun},
+            {"type": "response.in_progress", "response": begun},
+            {"type": "response.output_item.added", "output_index": 0, "item": self._item("in_progress", [])},
+            {"type": "response.content_part.added", "item_id": self.item_id, **PLACE, "part": self._part(Piece(0, ""))},
+        ]
+
+    def _delta(self, piece: Piece) -> Json:
+        said = {"delta": piece.text, "logprobs": self._logprobs(piece.tokens)}
+        return {"type": "response.output_text.delta", "item_id": self.item_id, **PLACE, **said}
+
+    def _closing(self, piece: Piece) -> list[Json]:
+        item = self._message(piece)
+        said = {"text": piece.text, "logprobs": self._logprobs(piece.tokens)}
+        return [
+            {"type": "response.output_text.done", "item_id": self.item_id, **PLACE, **said},
+            {"type": "response.content_part.done", "item_id": self.item_id, **PLACE, "part": self._part(piece)},
+            {"type": "response.output_item.done", "output_index": 0, "item": item},
+            {"type": f"response.{STATUS[piece.finish]}", "response": self._finished(piece)},
+        ]
+
+    def _failure(self, error: MedusaError) -> list[Json]:
+        failed = self._object("failed", error={"code": "server_error", "message": error.message})
+        return [
+            {"type": "error", "code": error.code, "message": error.message, "param": error.param},
+            {"type": "response.failed", "response": failed},
+        ]
+
+    def _finished(self, piece: Piece) -> Json:
+        status = STATUS[piece.finish]
+        return self._object(
+            status,
+            output=[self._message(piece)],
+            completed_at=int(time.time()) if status == "completed" else None,
+            incomplete_details={"reason": "max_output_tokens"} if status == "incomplete" else None,
+            usage=self._usage(),
+            metrics=metrics(self.generation.choices),
+        )
+
+    def _object(self, status: str, **news: Any) -> Json:
+        """The Response object, with what is known of it so far."""
+        unknown = ("error", "incomplete_details", "completed_at", "usage", "metrics")
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": status,
+            "model": self.service.model_name,
+            "output": [],
+            **dict.fromkeys(unknown),
+            **self._echo(),
+            **news,
+        }
+
+    def _echo(self) -> Json:
+        return {
+            **{name: getattr(self.request, name) for name in ECHOED},
+            "text": self.request.text.model_dump(exclude_unset=True) | {"format": self.request.text.format},
+            "reasoning": self.request.reasoning and self.request.reasoning.model_dump(),
+            "top_logprobs": self.request.top_logprobs or 0,
+            "tools": [],
+            "background": False,
+            "store": False,
+            "previous_response_id": None,
+            "service_tier": "default",
+        }
+
+    def _message(self, piece: Piece) -> Json:
+        return self._item(STATUS[piece.finish], [self._part(piece)])
+
+    def _item(self, status: str, parts: list[Json]) -> Json:
+        return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": parts}
+
+    def _part(self, piece: Piece) -> Json:
+        part = {"type": "output_text", "text": piece.text, "annotations": []}
+        return {**part, "logprobs": self._logprobs(piece.tokens)}
+
+    def _logprobs(self, tokens: tuple[Scored, ...]) -> list[Json]:
+        if LOGPROBS not in self.request.include:
+            return []
+        content: list[Json] = chat_logprobs(self.service.tokenizer, tokens)["content"]
+        return content
+
+    def _usage(self) -> Json:
+        """This endpoint's names. Nothing is written to the cache on request, and no reasoning is kept apart."""
+        found = usage(self.generation.choices)
+        details = found["prompt_tokens_details"] or {"cached_tokens": 0}
+        return {
+            "input_tokens": found["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": details["cached_tokens"], "cache_write_tokens": 0},
+            "output_tokens": found["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": found["total_tokens"],
+        }
