@@ -18,6 +18,12 @@ StopReason = Annotated[
 ]
 
 
+ChatFinish = Annotated[
+    Literal["stop", "length", "tool_calls"],
+    Field(description="As in completions; `tool_calls`: tools are to be called."),
+]
+
+
 class Answer(BaseModel):
     """Base of everything that a client gets."""
 
@@ -41,11 +47,17 @@ class PromptTokensDetails(Answer):
     cached_tokens: int = Field(description="Prompt tokens that the prefix cache held.")
 
 
+class CompletionTokensDetails(Answer):
+    accepted_prediction_tokens: int = Field(description="Tokens of `prediction` that became text.")
+    rejected_prediction_tokens: int = Field(description="Tokens of `prediction` that were verified in vain.")
+
+
 class Usage(Answer):
     prompt_tokens: int = Field(description="Once for each prompt, however many choices it has.")
     completion_tokens: int = Field(description="Of all choices.")
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = Field(description="Null while not known.")
+    completion_tokens_details: CompletionTokensDetails | None = Field(description="Null while not known.")
 
 
 class SpeculativeDecoding(Answer):
@@ -63,6 +75,19 @@ class RequestMetrics(Answer):
     speculative_decoding: SpeculativeDecoding | None = Field(description="Null if the engine did not say.")
 
 
+class PromptCandidate(Answer):
+    logprob: float
+    rank: int = Field(description="1 is the likeliest.")
+    decoded_token: str
+
+
+PromptLogprobs = Annotated[
+    list[dict[str, PromptCandidate] | None] | None,
+    Field(description="vLLM: with `prompt_logprobs`, by token id; null for the first token."),
+]
+TokenIds = Annotated[list[int] | None, Field(description="vLLM: with `return_token_ids`.")]
+
+
 class CompletionLogprobLists(Answer):
     """Parallel lists, one entry for each token."""
 
@@ -78,6 +103,9 @@ class CompletionChoice(Answer):
     logprobs: CompletionLogprobLists | None
     finish_reason: Finish
     stop_reason: StopReason
+    token_ids: TokenIds = None
+    prompt_token_ids: TokenIds = None
+    prompt_logprobs: PromptLogprobs = None
 
 
 class CompletionChunkChoice(CompletionChoice):
@@ -124,32 +152,59 @@ class ChatLogprobs(Answer):
     refusal: None
 
 
+class FunctionCall(Answer):
+    name: str
+    arguments: str = Field(description="JSON.")
+
+
+class ToolCallAnswer(Answer):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class FunctionCallDelta(Answer):
+    name: str | None = Field(default=None, description="In the first part of a call.")
+    arguments: str = Field(description="The parts joined are JSON.")
+
+
+class ToolCallDelta(Answer):
+    index: int
+    id: str | None = Field(default=None, description="In the first part of a call.")
+    type: Literal["function"] | None = None
+    function: FunctionCallDelta
+
+
 class ChatMessage(Answer):
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="Null if there are calls only.")
     refusal: None
+    tool_calls: list[ToolCallAnswer] = Field(default_factory=list)
 
 
 class ChatDelta(Answer):
     role: Literal["assistant"] | None = Field(default=None, description="In the first chunk.")
     content: str | None = None
     refusal: None = None
+    tool_calls: list[ToolCallDelta] = Field(default_factory=list)
 
 
 class ChatChoice(Answer):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Finish
+    finish_reason: ChatFinish
     stop_reason: StopReason
+    token_ids: TokenIds = None
 
 
 class ChatChunkChoice(Answer):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Finish | None = Field(description="Null until the last chunk of a choice.")
+    finish_reason: ChatFinish | None = Field(description="Null until the last chunk of a choice.")
     stop_reason: StopReason
+    token_ids: TokenIds = None
 
 
 class ChatCompletion(Header):
@@ -157,6 +212,8 @@ class ChatCompletion(Header):
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    prompt_token_ids: TokenIds = None
+    prompt_logprobs: PromptLogprobs = None
     usage: Usage
     metrics: RequestMetrics
 
@@ -166,6 +223,7 @@ class ChatCompletionChunk(Header):
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice] = Field(description="One, or none in the chunk of the usage.")
+    prompt_token_ids: TokenIds = Field(default=None, description="In the first chunk.")
     usage: Usage | None = Field(default=None, description="With `stream_options`.")
     metrics: RequestMetrics | None = Field(default=None, description="In the last chunk.")
 
