@@ -12,9 +12,15 @@ router = APIRouter()
 
 
 @router.get("/health")
-@router.get("/ready")
 async def health(service: ServiceDep) -> dict[str, str]:
-    """200 while the engine takes requests. Raises EngineDeadError (503) while it does not."""
+    """200 while the engine works, also when the server is about to end. Raises EngineDeadError (503) otherwise."""
+    service.check_alive()
+    return {"status": service.engine.status}
+
+
+@router.get("/ready")
+async def ready(service: ServiceDep) -> dict[str, str]:
+    """200 while new requests are taken. Raises ShuttingDownError and EngineDeadError (503) while they are not."""
     service.check_ready()
     return {"status": service.engine.status}
 

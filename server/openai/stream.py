@@ -3,6 +3,7 @@
 Invariants:
 - an event stream ends with `data: [DONE]`, also after an error, unless its reader has gone;
 - when the client goes away the work for it is cancelled at once, not when the next byte fails to be sent;
+- a bug in mid-stream is logged and told as one; `send_end` is the only end there is;
 - of the many chunks that differ by one text only, nothing but that text is encoded again.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
@@ -19,10 +21,12 @@ from fastapi import Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from server.errors import MedusaError
+from server.errors import InternalError, MedusaError
+from server.visit import note_error
 
 Result = TypeVar("Result")
 
+logger = logging.getLogger(__name__)
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -65,14 +69,26 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        error: MedusaError | None = None
         try:
             async with aclosing(self._events):
                 async for body in self._events:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
-        except MedusaError as error:
-            await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except MedusaError as caught:
+            error = caught
+        except Exception:
+            logger.exception("A stream failed.")
+            error = InternalError()
+        await send_end(send, error)
+
+
+async def send_end(send: Send, error: MedusaError | None = None) -> None:
+    """End an event stream that has begun; with `error`, say what went wrong."""
+    if error is not None:
+        note_error(error)
+        await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
+    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}  # some clients split lines there
