@@ -25,11 +25,13 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await engine.stop()
+        service.threads.close()
 
     options = options or DoorOptions()
-    app = FastAPI(title="medusa-serve", version=__version__, lifespan=lifespan, responses=faults.DOCUMENTED)
     admission = Admission(options.limits, metrics.on_refusal)
-    app.state.service = Service(engine, tokenizer, metrics, model_name, admission=admission)
+    service = Service(engine, tokenizer, metrics, model_name, admission=admission)
+    app = FastAPI(title="medusa-serve", version=__version__, lifespan=lifespan, responses=faults.DOCUMENTED)
+    app.state.service = service
     faults.install(app)
     for room in (completions, chat, models, ops):
         app.include_router(room.router)

@@ -213,6 +213,7 @@ class _EngineProcess:
         self._loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[ModelInfo] = self._loop.create_future()
         self.exited = asyncio.Event()
+        self.exit_code: int | None = None  # known once it was joined
         self._hear = hear
         context = multiprocessing.get_context("spawn")
         child_inbox, inbox = context.Pipe(duplex=False)
@@ -238,13 +239,16 @@ class _EngineProcess:
 
     async def join(self, grace: float) -> int | None:
         """Wait for the end of the process, kill it after `grace` seconds, and return its exit code."""
-        await asyncio.to_thread(self._process.join, grace)
-        if self._process.is_alive():
-            self._process.kill()
-        await self.exited.wait()
-        await asyncio.to_thread(self._process.join)
-        self._inbox.close()
-        return self._process.exitcode
+        if self.exit_code is None:
+            await asyncio.to_thread(self._process.join, grace)
+            if self._process.is_alive():
+                self._process.kill()
+            await self.exited.wait()
+            await asyncio.to_thread(self._process.join)
+            self._inbox.close()
+            self.exit_code = self._process.exitcode
+            self._process.close()
+        return self.exit_code
 
     def _read(self) -> None:
         """One message, or the end. With more to come the loop calls again, after whoever is due."""

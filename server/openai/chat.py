@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from time import perf_counter
 from typing import Any
@@ -30,7 +29,7 @@ async def create_chat_completion(request: ChatRequest, http: Request, service: S
     _check(request)
     service.check_ready()
     reply_id = f"chatcmpl-{uuid.uuid4().hex}"
-    submits = await asyncio.to_thread(_prepare, request, service, reply_id)
+    submits = await service.threads.run(_prepare, request, service, reply_id)
     service.metrics.params_n.observe(request.n)
     options = TextOptions(tuple(request.stop), request.include_stop_str_in_output, request.skip_special_tokens)
     generation = Generation(service, submits, options, arrival)

@@ -14,6 +14,7 @@ from server.engine.messages import Delta, ModelInfo, Submit
 from server.errors import EngineDeadError, ModelNotFoundError
 from server.metrics import Metrics
 from server.text.prompt import Tokenizer
+from server.threads import Threads
 
 Status = Literal["starting", "ready", "restarting", "dead"]
 
@@ -43,6 +44,7 @@ class Service:
     metrics: Metrics
     model_name: str
     admission: Admission = field(default_factory=Admission)
+    threads: Threads = field(default_factory=Threads)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_ready(self) -> None:

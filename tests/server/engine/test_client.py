@@ -258,7 +258,7 @@ async def test_stop_kills_a_process_that_does_not_listen(monkeypatch: pytest.Mon
     await engine.stop()
     with pytest.raises(EngineDeadError, match="stopped"):
         await open_request
-    assert engine._process._process.exitcode == -signal.SIGKILL
+    assert engine._process.exit_code == -signal.SIGKILL
 
 
 async def test_a_cancelled_start_leaves_no_process() -> None:
@@ -269,7 +269,7 @@ async def test_a_cancelled_start_leaves_no_process() -> None:
     with pytest.raises(asyncio.CancelledError):
         await start
     assert engine._process is not None
-    assert engine._process._process.exitcode is not None
+    assert engine._process.exit_code is not None
 
 
 async def test_an_interrupt_is_the_parents_alone() -> None:
