@@ -14,7 +14,7 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from statistics import quantiles
 from time import perf_counter
 from typing import Any
@@ -32,17 +32,25 @@ def post(body: dict[str, object]) -> bytes:
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
-async def refused(port: int, request: bytes, reason: bytes) -> float:
-    """Seconds until the first byte of a 400 that says `reason`."""
+@asynccontextmanager
+async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+
+async def refused(port: int, request: bytes, reason: bytes) -> float:
+    """Seconds until the first byte of a 400 that says `reason`."""
+    async with connected(port) as (reader, writer):
         started = perf_counter()
         writer.write(request)
         answer = await reader.read(1)
         seconds = perf_counter() - started
         answer += await reader.read()
-    finally:
-        writer.close()
     if not answer.startswith(b"HTTP/1.1 400") or reason not in answer:
         raise BenchError(f"instead of a 400 came {answer[:300]!r}")
     return seconds
@@ -51,11 +59,13 @@ async def refused(port: int, request: bytes, reason: bytes) -> float:
 async def drain(port: int, request: bytes) -> None:
     """Read a stream to its end, again and again."""
     while True:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(request)
-        while await reader.read(2**16):
-            pass
-        writer.close()
+        async with connected(port) as (reader, writer):
+            writer.write(request)
+            answer = await reader.read(2**16)
+            if not answer.startswith(b"HTTP/1.1 200"):
+                raise BenchError(f"instead of a stream came {answer[:300]!r}")
+            while await reader.read(2**16):
+                continue
 
 
 async def repeat_long(port: int, request: bytes, seconds: list[float]) -> None:

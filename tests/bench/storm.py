@@ -47,6 +47,7 @@ class Plan:
     leaving: float = 1 / 3
     wrong: float = 0.05
     patience: float = 1.0
+    retry_seconds: float = 1.0  # at most, after a refusal
     max_tokens: int = 64
     seed: int = 0
 
@@ -83,7 +84,7 @@ async def storm(url: str, model: str, plan: Plan, milestones: dict[int, Callable
             if action := milestones.get(tally.num_done):
                 action()
             if end.startswith(("503", "429")):
-                await asyncio.sleep(dice.uniform(0.2, 0.6))
+                await asyncio.sleep(dice.uniform(0.5, 1) * plan.retry_seconds)
 
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=None, trust_env=False) as client:
         await asyncio.gather(*(client_loop(client) for _ in range(plan.num_clients)))
@@ -173,8 +174,16 @@ async def settle(url: str) -> float:
             await asyncio.sleep(0.02)
 
 
-def kill_engine(api: psutil.Process) -> None:
-    """SIGKILL to the child that is the engine, if there is one at this moment."""
+async def healthy(url: str) -> None:
+    """Wait until the engine works."""
+    async with asyncio.timeout(ANSWER_SECONDS), httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        while (await client.get("/health")).status_code != httpx.codes.OK:  # noqa: ASYNC110  it tells nobody
+            await asyncio.sleep(0.05)
+
+
+async def kill_engine(url: str, api: psutil.Process) -> None:
+    """SIGKILL to the child that is the engine, once it works."""
+    await healthy(url)
     for child in api.children():
         if "multiprocessing.spawn" in " ".join(child.cmdline()):
             child.kill()
@@ -183,23 +192,23 @@ def kill_engine(api: psutil.Process) -> None:
 async def report(server: Server, plan: Plan) -> bool:
     """Storm, then tell what it did. True if every invariant held."""
     url, api = f"http://127.0.0.1:{server.port}", psutil.Process(server.process.pid)
-    model = served_model(server.port)
-    await storm(url, model, Plan(num_clients=8, num_requests=16, leaving=0, wrong=0), {})
+    model, total = served_model(server.port), plan.num_requests
+    calm = Plan(num_clients=8, num_requests=16, leaving=0, wrong=0)
+    await storm(url, model, calm, {})
     await asyncio.sleep(0.5)
     num_fds, memory = api.num_fds(), [api.memory_info().rss]
-    total = plan.num_requests
+    kills: list[asyncio.Task[None]] = []
+
+    def kill() -> None:
+        kills.append(asyncio.create_task(kill_engine(url, api)))
+
     started = perf_counter()
-    tally = await storm(
-        url,
-        model,
-        plan,
-        {
-            total // 5: lambda: memory.append(api.memory_info().rss),
-            total * 2 // 5: lambda: kill_engine(api),
-            total * 3 // 5: lambda: kill_engine(api),
-        },
-    )
+    marks = {total // 5: lambda: memory.append(api.memory_info().rss), total * 2 // 5: kill, total * 3 // 5: kill}
+    tally = await storm(url, model, plan, marks)
     seconds, settled = perf_counter() - started, await settle(url)
+    await asyncio.gather(*kills)
+    await healthy(url)
+    after = await storm(url, model, calm, {})
     await asyncio.sleep(0.5)
     memory.append(api.memory_info().rss)
     print(f"{total} requests of {plan.num_clients} clients in {seconds:.1f} s; gauges at zero {settled:.2f} s later")
@@ -208,10 +217,11 @@ async def report(server: Server, plan: Plan) -> bool:
     print(
         "memory of the API process: " + ", ".join(f"{rss / 2**20:.1f} MiB" for rss in memory) + " (before, 1/5, after)"
     )
-    print(f"file descriptors: {num_fds} before, {api.num_fds()} after")
+    print(f"file descriptors: {num_fds} before, {api.num_fds()} after; then {dict(after.ends)} of {calm.num_requests}")
     for line in tally.broken:
         print(f"BROKEN: {line}")
-    return not tally.broken and api.num_fds() <= num_fds and memory[-1] - memory[1] < MAX_GROWTH_BYTES
+    is_calm = after.ends == {"answered": calm.num_requests}
+    return is_calm and not tally.broken and api.num_fds() <= num_fds and memory[-1] - memory[1] < MAX_GROWTH_BYTES
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -219,6 +229,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=200, help="clients at a time (200)")
     parser.add_argument("--requests", type=int, default=1000, help="requests of all of them (1000)")
     parser.add_argument("--patience", type=float, default=1.0, help="seconds before whoever leaves has left (1)")
+    parser.add_argument("--retry", type=float, default=1.0, help="seconds at most before the next after a 503 (1)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (0)")
     parser.add_argument("--fake", action="store_true", help="an engine without tensors; everything else is real")
     parser.add_argument("--start-timeout", type=float, default=300, help="seconds until the server is healthy (300)")
@@ -239,7 +250,7 @@ def program(args: argparse.Namespace, folder: Path) -> Program:
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     command.end_orderly()
-    plan = Plan(args.clients, args.requests, patience=args.patience, seed=args.seed)
+    plan = Plan(args.clients, args.requests, patience=args.patience, retry_seconds=args.retry, seed=args.seed)
     with tempfile.TemporaryDirectory() as folder:
         try:
             with serving(program(args, Path(folder)), start_seconds=args.start_timeout) as server:
