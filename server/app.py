@@ -1,18 +1,18 @@
-"""The FastAPI application: routes, lifespan, middleware. The engine is started before, and stopped with it."""
+"""The FastAPI application: routes, lifespan, the door. The engine is started before it and stopped with it."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from time import perf_counter
 
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import __version__, ops
+from server import __version__, door, ops
+from server.admission import Admission
 from server.metrics import Metrics
 from server.openai import chat, completions, faults, models, pages, responses, tokens
 from server.openai.service import Engine, Service
+from server.options import DoorOptions
 from server.text.prompt import Tokenizer
 
 
@@ -23,6 +23,7 @@ def create_app(
     model_name: str,
     metrics: Metrics,
     trust_request_chat_template: bool = False,
+    options: DoorOptions | None = None,
 ) -> FastAPI:
     """The application of one started engine. `metrics.on_step` and `on_restart` are the engine's own to call."""
 
@@ -30,38 +31,23 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await engine.stop()
+        service.threads.close()
 
+    options = options or DoorOptions()
+    admission = Admission(options.limits, metrics.on_refusal)
+    service = Service(
+        engine,
+        tokenizer,
+        metrics,
+        model_name,
+        trust_request_chat_template=trust_request_chat_template,
+        admission=admission,
+    )
     app = FastAPI(title="medusa-serve", version=__version__, lifespan=lifespan, responses=faults.DOCUMENTED)
-    app.state.service = Service(engine, tokenizer, metrics, model_name, trust_request_chat_template)
+    app.state.service = service
     faults.install(app)
     for room in (completions, chat, responses, models, tokens, ops):
         app.include_router(room.router)
     pages.install(app)
-    app.add_middleware(CountRequests, metrics=metrics)
+    door.install(app, options, metrics)
     return app
-
-
-class CountRequests:
-    """Counts HTTP requests and their seconds, until the last byte. Plain ASGI: disconnects pass through."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started, status = perf_counter(), 500
-
-        async def note_status(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, note_status)
-        finally:
-            handler = getattr(scope.get("route"), "path", "none")
-            self._metrics.http(handler, scope["method"], status, perf_counter() - started)

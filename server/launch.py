@@ -2,8 +2,8 @@
 
 Invariants:
 - the port is bound and model and heads are checked before the engine process starts, which is what imports torch;
-- SIGINT and SIGTERM end it with exit code 0, at any time, and the engine process with it; an engine that keeps dying
-  ends it with exit code 1;
+- SIGINT and SIGTERM end it with exit code 0, at any time, and the engine process with it, once what is open has ended
+  (see `drain`); an engine that keeps dying ends it with exit code 1;
 - model, heads, engine and address are told on stderr as they become known.
 """
 
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,15 +29,17 @@ from rich.text import Text
 
 from models.source import DEFAULT_MODEL, check_heads, read_config, resolve, resolve_heads
 from server import __version__
+from server.drain import Drain
 from server.engine.client import EngineClient
 from server.errors import StartupError
 from server.metrics import Metrics
+from server.options import DoorOptions
 from server.settings import Settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-GRACE_SECONDS = 30  # for open requests, when told to stop
+LAST_BYTES_SECONDS = 5  # for clients to take the end of their answers, once the engine has stopped
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -44,6 +48,8 @@ def serve(settings: Settings) -> int:
     """Serve until a signal comes. Raises StartupError and ModelSourceError."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _configure_logging(settings.log_level)
+    options = settings.door_options()
+    _check_certificate(settings)
     with (
         contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError),
         _bound(settings.host, settings.port) as listener,
@@ -56,8 +62,19 @@ def serve(settings: Settings) -> int:
             check_heads(heads, read_config(folder))
         _tell_heads(settings, heads)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(settings, folder, heads, listener))
+            return runner.run(_serve(settings, options, folder, heads, listener))
     return 0
+
+
+def _check_certificate(settings: Settings) -> None:
+    if settings.ssl_certfile is None:
+        if settings.ssl_keyfile is not None:
+            raise StartupError("--ssl-keyfile needs --ssl-certfile.")
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+    except OSError as error:  # SSLError is one
+        raise StartupError(f"Cannot use the certificate {settings.ssl_certfile} with its key: {error}.") from error
 
 
 def _tell_heads(settings: Settings, heads: Path | None) -> None:
@@ -66,18 +83,28 @@ def _tell_heads(settings: Settings, heads: Path | None) -> None:
     _tell("heads", str(heads) if heads is not None else f"none{why}")
 
 
-async def _serve(settings: Settings, folder: Path, heads: Path | None, listener: socket.socket) -> int:
+async def _serve(
+    settings: Settings, options: DoorOptions, folder: Path, heads: Path | None, listener: socket.socket
+) -> int:
     task = asyncio.current_task()
     assert task is not None
     _on_signals(lambda _: task.cancel())
     metrics = Metrics(settings.model_name)
     config = settings.engine_config(folder, heads)
     given_up = asyncio.Event()
-    engine = EngineClient(config, on_step=metrics.on_step, on_restart=metrics.on_restart, on_dead=given_up.set)
+    engine = EngineClient(
+        config,
+        on_step=metrics.on_step,
+        on_restart=metrics.on_restart,
+        on_dead=given_up.set,
+        timeout_seconds=settings.engine_timeout_seconds,
+    )
     try:
-        app = await _start(engine, metrics, settings, folder)
-        server = _Server(app, settings.log_level, listener)
-        _on_signals(lambda number: server.handle_exit(number, None))
+        app = await _start(engine, functools.partial(_build_app, engine, metrics, settings, folder, options))
+        _tell("API keys", f"{len(options.api_keys) or 'none: anybody may ask'}")
+        server = _Server(app, settings, listener)
+        drain = Drain(app.state.service.admission, engine, settings.drain_seconds, server.leave)
+        _on_signals(lambda _: drain.on_signal())
         watcher = asyncio.create_task(_exit_when(given_up, server))
         try:
             await server.serve(sockets=[listener])
@@ -96,13 +123,13 @@ async def _exit_when(given_up: asyncio.Event, server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-async def _start(engine: EngineClient, metrics: Metrics, settings: Settings, folder: Path) -> FastAPI:
+async def _start(engine: EngineClient, build: Callable[[], FastAPI]) -> FastAPI:
     """Start the engine; read the tokenizer and import the routes while it loads."""
     started = time.monotonic()
     with console.status("loading the model"):
         starting = asyncio.create_task(engine.start())
         try:
-            app = await asyncio.to_thread(_build_app, engine, metrics, settings, folder)
+            app = await asyncio.to_thread(build)
             await starting
         finally:
             starting.cancel()
@@ -117,7 +144,9 @@ async def _start(engine: EngineClient, metrics: Metrics, settings: Settings, fol
     return app
 
 
-def _build_app(engine: EngineClient, metrics: Metrics, settings: Settings, folder: Path) -> FastAPI:
+def _build_app(
+    engine: EngineClient, metrics: Metrics, settings: Settings, folder: Path, options: DoorOptions
+) -> FastAPI:
     from server.app import create_app
     from server.text.prompt import Tokenizer
 
@@ -127,17 +156,30 @@ def _build_app(engine: EngineClient, metrics: Metrics, settings: Settings, folde
         model_name=settings.model_name,
         metrics=metrics,
         trust_request_chat_template=settings.trust_request_chat_template,
+        options=options,
     )
 
 
 class _Server(uvicorn.Server):
     """uvicorn on our socket; the signals are ours, and the address is told when it answers."""
 
-    def __init__(self, app: FastAPI, log_level: str, listener: socket.socket) -> None:
-        is_debug = log_level == "debug"
-        config = uvicorn.Config(app, log_config=None, access_log=is_debug, timeout_graceful_shutdown=GRACE_SECONDS)
+    def __init__(self, app: FastAPI, settings: Settings, listener: socket.socket) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,  # ours is middleware
+            ws="none",
+            timeout_keep_alive=settings.keep_alive_seconds,
+            timeout_graceful_shutdown=LAST_BYTES_SECONDS,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
+        )
         super().__init__(config)
         self._listener = listener
+
+    def leave(self, at_once: bool) -> None:
+        self.should_exit = True
+        self.force_exit = at_once
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -146,7 +188,8 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         host, port = self._listener.getsockname()[:2]
-        _tell("serving", f"http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+        scheme = "https" if self.config.is_ssl else "http"
+        _tell("serving", f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1")
 
 
 def _bound(host: str, port: int) -> socket.socket:

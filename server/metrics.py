@@ -18,11 +18,13 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from server.admission import Refusal
 from server.engine.messages import DRAFT_SOURCES, FinishReason, RequestStats, StepStats
 from server.histogram import RepeatedHistogram
 
 ENGINE_PARTS: Final = ("kernels", "model", "engine", "messages")
 FINISH_REASONS: Final[tuple[FinishReason, ...]] = ("stop", "length", "abort", "error")
+REFUSALS: Final[tuple[Refusal, ...]] = ("requests", "tokens", "key")
 TTFT: Final = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
@@ -140,6 +142,15 @@ class Metrics:
         self.params_n = self._histogram("request_params_n", "The parameter n.", CHOICES)
         self.params_max_tokens = self._histogram("request_params_max_tokens", "The token limit of a choice.", TOKENS)
 
+        self.refused = Counter(
+            "medusa_requests_refused",
+            "Requests answered with 429: the queue has its requests or its prompt tokens, or the key its share.",
+            ["model_name", "reason"],
+            registry=self.registry,
+        )
+        for cause in REFUSALS:
+            self.refused.labels(self._model_name, cause)
+
     def _declare_http(self) -> None:
         self._http_requests = Counter(
             "http_requests", "HTTP requests answered.", ["handler", "method", "status"], registry=self.registry
@@ -187,6 +198,10 @@ class Metrics:
     def on_end(self, reason: FinishReason) -> None:
         """Count the end of one choice."""
         self.finished.labels(self._model_name, reason).inc()
+
+    def on_refusal(self, reason: Refusal) -> None:
+        """Count one request that was turned away."""
+        self.refused.labels(self._model_name, reason).inc()
 
     def http(self, handler: str, method: str, status: int, seconds: float) -> None:
         """Count one answered HTTP request; `handler` is the route's template, never the path a client chose."""

@@ -14,9 +14,15 @@ router = APIRouter(tags=["operation"])
 
 
 @router.get("/health", summary="Is the engine alive?")
-@router.get("/ready", summary="Can requests be sent?")
 async def health(service: ServiceDep) -> HealthAnswer:
-    """200 while the engine takes requests. Raises EngineDeadError (503) while it does not."""
+    """200 while the engine works, also when the server is about to end. Raises EngineDeadError (503) otherwise."""
+    service.check_alive()
+    return HealthAnswer(status="ready")
+
+
+@router.get("/ready", summary="Can requests be sent?")
+async def ready(service: ServiceDep) -> HealthAnswer:
+    """200 while new requests are taken. Raises ShuttingDownError and EngineDeadError (503) while they are not."""
     service.check_ready()
     return HealthAnswer(status="ready")
 

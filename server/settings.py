@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliApp,
     CliPositionalArg,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -26,11 +27,21 @@ from pydantic_settings import (
 from models.source import DEFAULT_MODEL
 from server.engine.messages import EngineConfig
 from server.errors import StartupError
+from server.options import DoorOptions, Limits
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "none"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def _listed(value: Any) -> Any:
+    """A text is a list, with commas or spaces between; an empty one is most likely somebody's unset variable."""
+    if not isinstance(value, str):
+        return value
+    if not (found := tuple(value.replace(",", " ").split())):
+        raise ValueError("it is empty; leave it out")
+    return found
 
 
 class Settings(BaseSettings):
@@ -48,6 +59,7 @@ class Settings(BaseSettings):
         cli_hide_none_type=True,
         cli_avoid_json=True,
         cli_exit_on_error=False,
+        cli_shortcuts={"api-keys": "api-key"},
     )
 
     model: CliPositionalArg[str] = Field(
@@ -82,6 +94,36 @@ class Settings(BaseSettings):
     trust_request_chat_template: bool = Field(
         False, description="allow requests to bring a chat_template, which can keep a core busy"
     )
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_listed)] = Field(
+        (), description="keys that clients must bring, one of them; others on this machine can read flags, not a file"
+    )
+    api_key_file: Path | None = Field(None, description="file with more API keys, one a line")
+    max_concurrent_requests_per_key: int | None = Field(
+        None, ge=1, description="open requests of one API key; more get 429"
+    )
+    max_queued_requests: int = Field(
+        1024, ge=0, description="choices that may wait for a place in the batch; more get 429"
+    )
+    max_queued_tokens: int | None = Field(
+        None, ge=1, description="prompt tokens that may wait to be begun with; more get 429; by default any number"
+    )
+    max_request_bytes: int = Field(4 * 2**20, ge=1, description="bytes of a request's body; more get 413")
+    request_timeout_seconds: float | None = Field(
+        None, gt=0, description="seconds that a request may take, its stream included; by default any number"
+    )
+    engine_timeout_seconds: float = Field(
+        300, gt=0, description="seconds without a step, though there is work, after which the engine is started again"
+    )
+    drain_seconds: float = Field(30, ge=0, description="seconds that open requests have to end after a SIGTERM")
+    keep_alive_seconds: int = Field(
+        75, ge=0, description="seconds that an idle connection is kept open, better more than clients do"
+    )
+    allowed_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)] = Field(
+        (), description="origins of web pages that may call the API (CORS); * is any"
+    )
+    ssl_certfile: Path | None = Field(None, description="PEM file with the certificate; makes it https")
+    ssl_keyfile: Path | None = Field(None, description="PEM file with its key, unless that is in the certificate's")
+    access_log: bool = Field(True, description="one line of JSON on stdout for each request")
     log_level: LogLevel = Field("info", description="how much is logged")
 
     @classmethod
@@ -123,6 +165,28 @@ class Settings(BaseSettings):
             num_threads=self.num_threads,
         )
 
+    def door_options(self) -> DoorOptions:
+        """What the API process is told. Reads the file of keys; raises StartupError."""
+        given = tuple(key.get_secret_value() for key in self.api_keys)
+        keys = given + (() if self.api_key_file is None else _read_keys(self.api_key_file))
+        if self.max_concurrent_requests_per_key is not None and not keys:
+            raise StartupError("--max-concurrent-requests-per-key needs API keys: pass --api-key or --api-key-file.")
+        if not all(key.isascii() and key.isprintable() for key in keys):
+            raise StartupError("An API key has characters that no header can carry: use letters and digits.")
+        return DoorOptions(
+            api_keys=keys,
+            allowed_origins=self.allowed_origins,
+            max_request_bytes=self.max_request_bytes,
+            request_timeout_seconds=self.request_timeout_seconds,
+            access_log=self.access_log,
+            limits=Limits(
+                max_num_seqs=min(self.max_num_seqs, self.max_num_batched_rows),
+                max_queued_requests=self.max_queued_requests,
+                max_queued_tokens=self.max_queued_tokens,
+                max_concurrent_requests_per_key=self.max_concurrent_requests_per_key,
+            ),
+        )
+
 
 class _YamlFile(YamlConfigSettingsSource):
     """The file that flags or environment name as `config`."""
@@ -157,7 +221,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def _read_keys(path: Path) -> tuple[str, ...]:
+    try:
+        keys = tuple(path.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"Cannot read the API keys {path}: {error}.") from error
+    if not keys:
+        raise StartupError(f"{path} holds no API key: write one a line, or leave --api-key-file out.")
+    return keys
+
+
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     name, value = ".".join(str(part) for part in first["loc"]), first["input"]
+    if name.startswith("api_keys"):
+        return f"The setting {name} cannot be what it is: {first['msg']}."
     return f"The setting {name} cannot be {value!r}: {first['msg']}."

@@ -2,6 +2,8 @@
 
 Invariants:
 - a `generate` ends with a terminal delta or with EngineDeadError; leaving it earlier sends `Abort`;
+- a process that has work and takes no step for `timeout_seconds` is killed, which is a death like any other;
+- nothing waits for a process to read: `PipeWriter` keeps what it does not take;
 - only the event loop's thread touches requests, status and pipes, and a step wakes it once; it reads a message when its
   beginning has come, and waits for the rest of a large one no longer than the engine takes to write it;
 - the end of the engine's pipe is the death of its process;
@@ -36,6 +38,8 @@ from server.engine.messages import (
     Submit,
     ToEngine,
 )
+from server.engine.pipe import PipeWriter
+from server.engine.watchdog import Watchdog
 from server.errors import EngineDeadError, StartupError
 
 Target = Callable[[EngineConfig, Connection, Connection], None]
@@ -45,6 +49,7 @@ MAX_DEATHS = 5  # in a row, before it is given up
 HEALTHY_SECONDS = 60.0  # a process that served this long was no failure
 FIRST_BACKOFF_SECONDS = 0.1  # doubles with every death in a row
 STOP_SECONDS = 5.0  # between `Shutdown` and the kill
+HANG_SECONDS = 300.0  # without a step, though there is work
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +79,7 @@ class EngineClient:
         on_step: Callable[[StepStats], None] = _ignore,
         on_restart: Callable[[], None] = _ignore,
         on_dead: Callable[[], None] = _ignore,
+        timeout_seconds: float = HANG_SECONDS,
         target: Target = _run_worker,
     ) -> None:
         self.status: Status = "starting"
@@ -83,6 +89,7 @@ class EngineClient:
         self._on_dead = on_dead
         self._target = target
         self._requests: dict[str, Mailbox] = {}
+        self._watchdog = Watchdog(timeout_seconds, lambda: bool(self._requests))
         self._process: _EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -97,12 +104,12 @@ class EngineClient:
         self.status = "ready"
         self._supervisor = asyncio.create_task(self._supervise(process))
 
-    async def stop(self) -> None:
+    async def stop(self, grace: float = STOP_SECONDS) -> None:
         """End the process; what is still open ends with `abort`, or with EngineDeadError if it must be killed.
 
-        A process that is still loading is killed at once.
+        It is killed after `grace` seconds, and at once if it is still loading.
         """
-        grace = STOP_SECONDS if self.status == "ready" else 0.0
+        grace = grace if self.status == "ready" else 0.0
         self.status = "dead"
         if self._supervisor is not None:
             self._supervisor.cancel()
@@ -147,7 +154,7 @@ class EngineClient:
         """Replace every process that dies, until MAX_DEATHS of them have died in a row."""
         ready_at, deaths = time.monotonic(), 0
         while True:
-            await process.exited.wait()
+            await self._outlive(process)
             self.status = "restarting"
             self._fail_requests("The engine process died and is being restarted: try again in a moment.")
             logger.error("The engine process died with exit code %s.", await process.join(STOP_SECONDS))
@@ -163,6 +170,20 @@ class EngineClient:
         logger.critical("The engine process died %d times in a row and is given up.", deaths)
         self._on_dead()
 
+    async def _outlive(self, process: _EngineProcess) -> None:
+        """Wait for the end of the process, and bring it about if it hangs."""
+        barking = asyncio.create_task(self._watchdog.bark())
+        exited = asyncio.create_task(process.exited.wait())
+        try:
+            await asyncio.wait({barking, exited}, return_when=asyncio.FIRST_COMPLETED)
+            if not exited.done():
+                logger.error("The engine process hangs and is killed.")
+                process.kill()
+                await exited
+        finally:
+            barking.cancel()
+            exited.cancel()
+
     async def _wait_ready(self, process: _EngineProcess) -> None:
         try:
             self.info = await process.ready
@@ -171,6 +192,7 @@ class EngineClient:
             logger.error("The engine could not start again: %s", error)
 
     def _hear(self, output: StepOutput) -> None:
+        self._watchdog.hear()
         for delta in output.deltas:
             if (mailbox := self._requests.get(delta.request_id)) is not None:
                 mailbox.put(delta)
@@ -191,9 +213,10 @@ class _EngineProcess:
         self._loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[ModelInfo] = self._loop.create_future()
         self.exited = asyncio.Event()
+        self.exit_code: int | None = None  # known once it was joined
         self._hear = hear
         context = multiprocessing.get_context("spawn")
-        child_inbox, self._inbox = context.Pipe(duplex=False)
+        child_inbox, inbox = context.Pipe(duplex=False)
         outbox, child_outbox = context.Pipe(duplex=False)
         self._process = context.Process(
             target=target, args=(config, child_inbox, child_outbox), name="medusa-engine", daemon=True
@@ -202,23 +225,30 @@ class _EngineProcess:
             self._process.start()
         child_inbox.close()
         child_outbox.close()
+        self._inbox = PipeWriter(inbox)
         self._outbox = outbox
         self._loop.add_reader(outbox.fileno(), self._read)
 
     def send(self, message: ToEngine) -> None:
         """A dead process hears nothing; the end of its own pipe reports it."""
-        with contextlib.suppress(OSError):
-            self._inbox.send(message)
+        self._inbox.send(message)
+
+    def kill(self) -> None:
+        """End it now; `exited` tells when."""
+        self._process.kill()
 
     async def join(self, grace: float) -> int | None:
         """Wait for the end of the process, kill it after `grace` seconds, and return its exit code."""
-        await asyncio.to_thread(self._process.join, grace)
-        if self._process.is_alive():
-            self._process.kill()
-        await self.exited.wait()
-        await asyncio.to_thread(self._process.join)
-        self._inbox.close()
-        return self._process.exitcode
+        if self.exit_code is None:
+            await asyncio.to_thread(self._process.join, grace)
+            if self._process.is_alive():
+                self._process.kill()
+            await self.exited.wait()
+            await asyncio.to_thread(self._process.join)
+            self._inbox.close()
+            self.exit_code = self._process.exitcode
+            self._process.close()
+        return self.exit_code
 
     def _read(self) -> None:
         """One message, or the end. With more to come the loop calls again, after whoever is due."""

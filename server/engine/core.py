@@ -112,9 +112,9 @@ class Engine:
         works, preempted = self.scheduler.schedule(self._rows_for_trees())
         for request in preempted:
             self._forget_progress(request)
-        for work in works:
-            if work.request.first_scheduled_time is None:
-                work.request.first_scheduled_time = started
+        begun = [work.request for work in works if work.request.first_scheduled_time is None]
+        for request in begun:
+            request.first_scheduled_time = started
         self._model_seconds = 0.0
         self._grow_trees(works)
         outcomes = self._timed(self.runner.run, works) if works else []
@@ -128,7 +128,11 @@ class Engine:
             kernel_seconds=self.runner.kernel_seconds(),
             message_seconds=message_seconds,
         )
-        return StepOutput(tuple([delta for delta in deltas if delta is not None]), stats)
+        news = [delta for delta in deltas if delta is not None]
+        if begun:
+            said = {delta.request_id for delta in news}
+            news += [Delta(request.id) for request in begun if request.id not in said]
+        return StepOutput(tuple(news), stats)
 
     def _timed(self, call: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Result:
         """Call the runner, and count the seconds."""

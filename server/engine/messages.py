@@ -2,6 +2,7 @@
 
 Invariants:
 - every `Submit` is answered by exactly one `Delta` whose `finish` is not None (its terminal delta);
+- a request's first delta comes with the step that began it, without tokens if its prompt takes several steps;
 - a request's deltas arrive in order, and their `token_ids` joined are the whole completion;
 - the engine says `Ready` or `Failed` exactly once, before anything else.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ async def create_chat_completion(request: ChatRequest, http: Request, service: S
     _check(request)
     service.check_ready()
     reply_id = f"chatcmpl-{uuid.uuid4().hex}"
-    prepared = await asyncio.to_thread(prepare, request, service, reply_id)
+    prepared = await service.threads.run(prepare, request, service, reply_id)
     generation = generate(request, service, prepared, arrival)
     shape = ChatShape(service.tokenizer, has_logprobs=request.logprobs)
     extra = partial(_extra, request, service.tokenizer, prepared.submits[0].prompt)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Sequence
 from time import perf_counter
@@ -36,7 +35,7 @@ async def create_completion(request: CompletionRequest, http: Request, service: 
     _check(request)
     service.check_ready()
     reply_id = f"cmpl-{uuid.uuid4().hex}"
-    submits, echoes = await asyncio.to_thread(_prepare, request, service, reply_id)
+    submits, echoes = await service.threads.run(_prepare, request, service, reply_id)
     service.metrics.params_n.observe(request.n)
     options = TextOptions(
         tuple(request.stop),

@@ -1,23 +1,27 @@
 """Everything that can go wrong with a request, as OpenAI's error object.
 
 Invariants:
-- every response that is no success has the body `{"error": {message, type, param, code}}`, `code` a string or null;
+- every response that is no success has the body `{"error": {message, type, param, code}}`, `code` a string or null,
+  also where middleware or a bug is the reason;
 - the body is ASCII: a client's own malformed text can be sent back to it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
-from server.errors import InvalidRequestError, MedusaError
+from server.errors import InternalError, InvalidRequestError, MedusaError
+from server.visit import HttpMiddleware, current, note_error
 
-RETRY_SECONDS = "5"
+logger = logging.getLogger(__name__)
 _ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}  # whatever a 200 is
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "The request is at fault: OpenAI's error object.", "content": _ERROR},
@@ -30,13 +34,30 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(MedusaError, _on_ours)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(Exception, _on_bug)
+
+
+class AnswerErrors(HttpMiddleware):
+    """Answers what the middleware inside of it raises, and bugs. When the answer has begun, nothing can be added."""
+
+    async def http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except MedusaError as error:
+            await self._answer(error, scope, receive, send)
+        except Exception:
+            logger.exception("A request failed: %s %s", scope["method"], scope["path"])
+            await self._answer(InternalError(), scope, receive, send)
+
+    async def _answer(self, error: MedusaError, scope: Scope, receive: Receive, send: Send) -> None:
+        visit = current()
+        assert visit is not None, "the visit begins outside of this"
+        if visit.status is None:
+            await _response(error)(scope, receive, send)
 
 
 async def _on_ours(http: Request, error: Exception) -> Response:
     assert isinstance(error, MedusaError)
-    headers = {"Retry-After": RETRY_SECONDS} if error.status == 503 else None
-    return _response(error.status, error.body(), headers)
+    return _response(error)
 
 
 async def _on_validation(http: Request, error: Exception) -> Response:
@@ -44,27 +65,31 @@ async def _on_validation(http: Request, error: Exception) -> Response:
     first = error.errors()[0]
     if not _is_json(http) and first["loc"] == ("body",) and first["type"] != "missing":
         message = 'The body is not declared as JSON; send the header "Content-Type: application/json".'
-        return _response(415, InvalidRequestError(message).body())
-    return _response(400, explain(first).body())
+        return _response(InvalidRequestError(message), 415)
+    return _response(explain(first))
 
 
 async def _on_http(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, MedusaError):  # FastAPI's wrapping of what reading the body raised
+        return _response(error.__cause__)
     where = f"{http.method} {http.url.path}"
     known = {
         404: (f"Invalid URL ({where}); there is no such route.", None),
         405: (f"Not allowed: {where}; use another method.", "method_not_supported"),
     }
     message, code = known.get(error.status_code, (str(error.detail), None))
-    return _response(error.status_code, InvalidRequestError(message, code=code).body(), error.headers)
+    return _response(InvalidRequestError(message, code=code), error.status_code, error.headers)
 
 
-async def _on_bug(http: Request, error: Exception) -> Response:
-    return _response(500, MedusaError("The server had an error; its log says more.", code="internal_error").body())
-
-
-def _response(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
-    return Response(json.dumps(body), status_code=status, headers=headers, media_type="application/json")
+def _response(error: MedusaError, status: int | None = None, headers: Mapping[str, str] | None = None) -> Response:
+    note_error(error)
+    return Response(
+        json.dumps(error.body()),
+        status_code=status or error.status,
+        headers=headers or error.headers,
+        media_type="application/json",
+    )
 
 
 def _is_json(http: Request) -> bool:

@@ -4,6 +4,7 @@ Invariants:
 - a choice ends with exactly one piece whose `finish` is set, or with an error;
 - the texts of a choice's pieces joined are its whole text, and so with its tokens;
 - tokens after a stop string do not exist: not in the counts, not in the log-probabilities;
+- choices are admitted when they are made, all or none, and let go when they end;
 - leaving early, for whatever reason, closes the engine's generators, and that aborts what still runs there.
 """
 
@@ -15,6 +16,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from server.admission import Ticket
 from server.engine.messages import Delta, FinishReason, RequestStats, Submit, TokenLogprobs
 from server.errors import EngineDeadError, MedusaError
 from server.metrics import RequestTimer
@@ -57,7 +59,14 @@ class Choice:
     """One submit. `echo` is said before its text."""
 
     def __init__(
-        self, service: Service, submit: Submit, index: int, options: TextOptions, arrival: float, echo: str = ""
+        self,
+        service: Service,
+        submit: Submit,
+        index: int,
+        options: TextOptions,
+        arrival: float,
+        ticket: Ticket,
+        echo: str = "",
     ) -> None:
         self.index = index
         self.submit = submit
@@ -65,6 +74,7 @@ class Choice:
         self.stats: RequestStats | None = None
         self._engine = service.engine
         self._options = options
+        self._ticket = ticket
         self._detokenizer = Detokenizer(
             service.tokenizer,
             stop=options.stop,
@@ -90,6 +100,7 @@ class Choice:
         try:
             async with aclosing(self._engine.generate(self.submit)) as deltas:
                 async for delta in deltas:
+                    self._ticket.start()
                     piece = self._take(delta)
                     if piece is not None and piece.finish is not None and delta.finish is None:
                         await self._stop(deltas)
@@ -102,6 +113,8 @@ class Choice:
             raise
         finally:
             self._timer.end(self._end, self.stats)
+            self._ticket.note_tokens(self.num_tokens)
+            self._ticket.close()
 
     async def _stop(self, deltas: AsyncGenerator[Delta, None]) -> None:
         """End the request at a stop string, which only we can see, and hear what it has cost."""
@@ -167,7 +180,7 @@ def _raise_for(delta: Delta) -> None:
 
 
 class Generation:
-    """All choices of one HTTP request, in the order of their index."""
+    """All choices of one HTTP request, in the order of their index. Raises RateLimitError and ShuttingDownError."""
 
     def __init__(
         self,
@@ -178,9 +191,10 @@ class Generation:
         echoes: Sequence[str] = (),
     ) -> None:
         said = echoes or [""] * len(submits)
+        tickets = service.admission.admit(submits)
         self.choices = [
-            Choice(service, submit, index, options, arrival, echo)
-            for index, (submit, echo) in enumerate(zip(submits, said, strict=True))
+            Choice(service, submit, index, options, arrival, ticket, echo)
+            for index, (submit, ticket, echo) in enumerate(zip(submits, tickets, said, strict=True))
         ]
 
     def pieces(self) -> AsyncGenerator[Piece, None]:

@@ -8,7 +8,6 @@ Invariants:
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -51,7 +50,7 @@ async def create_response(request: ResponsesRequest, http: Request, service: Ser
     _check(request)
     service.check_ready()
     reply_id = f"resp_{uuid.uuid4().hex}"
-    chat_request, prepared = await asyncio.to_thread(_prepare, request, service, reply_id)
+    chat_request, prepared = await service.threads.run(_prepare, request, service, reply_id)
     generation = chat.generate(chat_request, service, prepared, arrival)
     return await ResponsesReply(reply_id, service, request, generation).respond(http)
 

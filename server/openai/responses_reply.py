@@ -27,6 +27,7 @@ from server.openai.reply import Json, metrics, unless_gone, usage
 from server.openai.responses_schema import LOGPROBS, ResponsesRequest
 from server.openai.service import Service
 from server.openai.stream import NamedEventStream, named_event
+from server.visit import note_error
 
 PLACE = {"output_index": 0, "content_index": 0}
 STATUS = {"stop": "completed", "length": "incomplete", None: "in_progress"}
@@ -114,6 +115,7 @@ class ResponsesReply:
         ]
 
     def _failure(self, error: MedusaError) -> list[Json]:
+        note_error(error)
         failed = self._object("failed", error={"code": "server_error", "message": error.message})
         return [
             {"type": "error", "code": error.code, "message": error.message, "param": error.param},

@@ -9,10 +9,12 @@ from typing import Annotated, Literal, Protocol
 
 from fastapi import Depends, Request
 
+from server.admission import Admission
 from server.engine.messages import Delta, ModelInfo, Submit
 from server.errors import EngineDeadError, ModelNotFoundError
 from server.metrics import Metrics
 from server.text.prompt import Tokenizer
+from server.threads import Threads
 
 Status = Literal["starting", "ready", "restarting", "dead"]
 
@@ -42,10 +44,17 @@ class Service:
     metrics: Metrics
     model_name: str
     trust_request_chat_template: bool = False
+    admission: Admission = field(default_factory=Admission)
+    threads: Threads = field(default_factory=Threads)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_ready(self) -> None:
-        """Raises EngineDeadError unless the engine takes requests."""
+        """Raises ShuttingDownError or EngineDeadError unless requests are taken."""
+        self.admission.check_open()
+        self.check_alive()
+
+    def check_alive(self) -> None:
+        """Raises EngineDeadError unless the engine works."""
         if self.engine.status == "dead":
             raise EngineDeadError("The engine has stopped and does not come back; restart the server.")
         if self.engine.status != "ready":

@@ -3,6 +3,7 @@
 Invariants:
 - an event stream ends with `data: [DONE]` where OpenAI's does, also after an error, unless its reader has gone;
 - when the client goes away the work for it is cancelled at once, not when the next byte fails to be sent;
+- a bug in mid-stream is logged and told as one; `send_end` is the only end there is;
 - of the many chunks that differ by one text only, nothing but that text is encoded again.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
@@ -19,10 +21,12 @@ from fastapi import Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from server.errors import MedusaError
+from server.errors import InternalError, MedusaError
+from server.visit import note_error
 
 Result = TypeVar("Result")
 
+logger = logging.getLogger(__name__)
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -46,11 +50,14 @@ async def _disconnected(receive: Receive) -> None:
         continue
 
 
+DONE = b"data: [DONE]\n\n"
+
+
 class EventStream(Response):
     """Sends the events, then the end. Closes the generator when done, and when the client goes away."""
 
     media_type = "text/event-stream"
-    end = b"data: [DONE]\n\n"
+    end = DONE
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         self.status_code = 200
@@ -66,14 +73,26 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        error: MedusaError | None = None
         try:
             async with aclosing(self._events):
                 async for body in self._events:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
-        except MedusaError as error:
-            await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
-        await send({"type": "http.response.body", "body": self.end, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except MedusaError as caught:
+            error = caught
+        except Exception:
+            logger.exception("A stream failed.")
+            error = InternalError()
+        await send_end(send, error, end=self.end)
+
+
+async def send_end(send: Send, error: MedusaError | None = None, *, end: bytes = DONE) -> None:
+    """End an event stream that has begun; with `error`, say what went wrong."""
+    if error is not None:
+        note_error(error)
+        await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
+    await send({"type": "http.response.body", "body": end, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class NamedEventStream(EventStream):

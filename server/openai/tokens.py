@@ -5,7 +5,6 @@ They need the tokenizer only, so they answer while the engine does not.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -61,7 +60,7 @@ class DetokenizeRequest(RequestBody):
 async def tokenize(request: TokenizeRequest, service: ServiceDep) -> TokenizeAnswer:
     """The tokens that the model would see, special ones included."""
     service.check_model(request.model)
-    tokens = await asyncio.to_thread(_encode, request, service)
+    tokens = await service.threads.run(_encode, request, service)
     names = [service.tokenizer.token_name(token) for token in tokens] if request.return_token_strs else None
     room = service.engine.info.max_model_len
     return TokenizeAnswer(count=len(tokens), max_model_len=room, tokens=tokens, token_strs=names)
@@ -85,5 +84,5 @@ async def detokenize(request: DetokenizeRequest, service: ServiceDep) -> Detoken
     """The text of tokens, special ones included."""
     service.check_model(request.model)
     check_token_ids(request.tokens, service.engine.info, "tokens")
-    text = await asyncio.to_thread(service.tokenizer.decode, request.tokens, skip_special_tokens=False)
+    text = await service.threads.run(service.tokenizer.decode, request.tokens, skip_special_tokens=False)
     return DetokenizeAnswer(prompt=text)

@@ -65,7 +65,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` what the model expects around it, such as `<s>`."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return batch[0].ids  # as a batch: only that lets other threads run
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Malformed UTF-8 becomes U+FFFD; ids outside the vocabulary are empty."""

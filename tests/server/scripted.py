@@ -28,6 +28,7 @@ from server.engine.messages import (
     TokenLogprobs,
 )
 from server.metrics import Metrics
+from server.options import DoorOptions
 from server.text.prompt import Tokenizer
 
 MODEL = "org/tiny"
@@ -130,8 +131,8 @@ class ScriptedEngine:
                 self.aborted.append(submit.request_id)
 
 
-def app_of(engine: ScriptedEngine, *, template: str | None = TEMPLATE) -> FastAPI:
-    return create_app(engine, byte_tokenizer(template), model_name=MODEL, metrics=Metrics(MODEL))
+def app_of(engine: ScriptedEngine, *, template: str | None = TEMPLATE, options: DoorOptions | None = None) -> FastAPI:
+    return create_app(engine, byte_tokenizer(template), model_name=MODEL, metrics=Metrics(MODEL), options=options)
 
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:

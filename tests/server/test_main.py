@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import httpx
 import psutil
@@ -55,10 +59,11 @@ def model(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def started(worker: str, *argv: str) -> Iterator[subprocess.Popen[str]]:
+def started(worker: str, *argv: str, stdout: IO[str] | None = None) -> Iterator[subprocess.Popen[str]]:
     """The command with a small worker in place of the engine, in a process group of its own."""
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, worker, *argv],
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
@@ -105,6 +110,101 @@ def test_a_signal_while_the_model_loads_ends_it_cleanly(model: Path) -> None:
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         check_gone(process, children)
+
+
+@contextmanager
+def streaming(process: subprocess.Popen[str], **body: object) -> Iterator[tuple[str, Iterator[str]]]:
+    """The server's address, and the lines of a stream that has begun."""
+    url = read_until(process, "serving").split()[-1].removesuffix("/v1")
+    body = {"prompt": "hello", "stream": True, "max_tokens": 90, "ignore_eos": True, **body}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
+        lines = (line for line in response.iter_lines() if line)
+        assert next(lines).startswith("data: {")
+        yield url, lines
+
+
+def last_of(lines: Iterator[str]) -> tuple[dict, str]:
+    *_, event, done = lines
+    return json.loads(event.removeprefix("data: ")), done
+
+
+def test_open_streams_end_and_new_requests_are_refused_while_it_drains(model: Path) -> None:
+    with started("steady", "serve", str(model), "--port", "0") as process, streaming(process) as (url, lines):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        with httpx.Client(base_url=url) as client:
+            assert [client.get(path).status_code for path in ("/ready", "/health", "/v1/models")] == [503, 200, 200]
+            refused = client.post("/v1/completions", json={"prompt": "late"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert int(refused.headers["retry-after"]) > 0
+        event, done = last_of(lines)
+        assert (event["choices"][0]["finish_reason"], done) == ("length", "data: [DONE]")
+        check_gone(process, [])
+
+
+def test_what_is_open_after_the_time_to_drain_ends_as_an_error(model: Path) -> None:
+    command = ("serve", str(model), "--port", "0", "--drain-seconds", "0.3")
+    with started("steady", *command) as process, streaming(process, max_tokens=95_000) as (_, lines):
+        process.send_signal(signal.SIGTERM)
+        event, done = last_of(lines)
+        assert (event["error"]["code"], done) == ("shutting_down", "data: [DONE]")
+        check_gone(process, [])
+
+
+def test_a_second_signal_ends_it_at_once(model: Path) -> None:
+    with started("steady", "serve", str(model), "--port", "0") as process, streaming(process, max_tokens=95_000):
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        started_at = time.monotonic()
+        check_gone(process, children)
+        assert time.monotonic() - started_at < 3
+
+
+def test_the_access_log_is_json_on_stdout_and_knows_no_keys(model: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("sk-one\nsk-two\n")
+    log = tmp_path / "log"
+    with (
+        log.open("w") as stdout,
+        started("echo", "serve", str(model), "--port", "0", "--api-key-file", str(keys), stdout=stdout) as process,
+    ):
+        assert read_until(process, "API keys").split()[-1] == "2"
+        url = read_until(process, "serving").split()[-1]
+        headers = {"Authorization": "Bearer sk-two", "X-Request-Id": "trace-7"}
+        assert httpx.post(f"{url}/completions", json={"prompt": "hello"}).status_code == 401
+        answer = httpx.post(f"{url}/completions", json={"prompt": "hello", "max_tokens": 5}, headers=headers)
+        assert (answer.status_code, answer.headers["x-request-id"]) == (200, "trace-7")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        assert "sk-" not in process.stderr.read()
+    refused, done = [json.loads(line) for line in log.read_text().splitlines()]
+    assert (refused["status"], refused["error"], refused["key"]) == (401, "invalid_api_key", None)
+    assert (done["status"], done["request_id"], done["key"], done["completion_tokens"]) == (200, "trace-7", "key-2", 5)
+    assert "sk-" not in log.read_text()
+
+
+def certificate(folder: Path) -> tuple[str, str]:
+    made, key = folder / "cert.pem", folder / "key.pem"
+    subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
+    command = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject)
+    subprocess.run([*command, "-keyout", str(key), "-out", str(made)], check=True, capture_output=True)
+    return str(made), str(key)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_it_speaks_tls(model: Path, tmp_path: Path) -> None:
+    made, key = certificate(tmp_path)
+    flags = ("serve", str(model), "--port", "0", "--ssl-certfile", made)
+    with started("echo", *flags, "--ssl-keyfile", key) as process:
+        url = read_until(process, "serving").split()[-1]
+        assert url.startswith("https://")
+        assert httpx.get(f"{url}/models", verify=ssl.create_default_context(cafile=made)).status_code == 200
+    assert "Cannot use the certificate" in fail(*flags)
+    assert "--ssl-keyfile needs --ssl-certfile" in fail("serve", str(model), "--port", "0", "--ssl-keyfile", key)
 
 
 def fail(*argv: str, worker: str = "echo") -> str:

@@ -9,6 +9,7 @@ import pytest
 from models.source import DEFAULT_MODEL as SOURCE_DEFAULT
 from server.engine.messages import EngineConfig
 from server.errors import StartupError
+from server.options import DoorOptions, Limits
 from server.settings import DEFAULT_MODEL, load
 
 
@@ -66,6 +67,49 @@ def test_wrong_flags_are_one_sentence(flags: list[str], sentence: str) -> None:
     with pytest.raises(StartupError, match=sentence) as caught:
         load(flags)
     assert "\n" not in caught.value.message
+
+
+def test_the_door_is_told_all_that_concerns_it() -> None:
+    flags = "--max-num-seqs 5 --max-queued-requests 6 --max-queued-tokens 7 --max-concurrent-requests-per-key 8"
+    flags += " --api-key a --api-key b --allowed-origins http://x --allowed-origins http://y"
+    flags += " --max-request-bytes 9 --request-timeout-seconds 1.5 --no-access-log"
+    options = load(flags.split()).door_options()
+    assert options == DoorOptions(("a", "b"), ("http://x", "http://y"), 9, 1.5, False, Limits(5, 6, 7, 8))
+    assert load([]).door_options() == DoorOptions(access_log=True, limits=Limits(64, 1024))
+
+
+def test_keys_come_from_flags_environment_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text("sk-c\n\nsk-d\n")
+    monkeypatch.setenv("MEDUSA_API_KEYS", "sk-a, sk-b")
+    assert load([]).door_options().api_keys == ("sk-a", "sk-b")
+    settings = load(["--api-key-file", str(file)])
+    assert settings.door_options().api_keys == ("sk-a", "sk-b", "sk-c", "sk-d")
+    assert "sk-" not in repr(settings) + repr(settings.door_options())
+    assert load(["--api-key", "sk-e", "--api-key-file", str(file)]).door_options().api_keys == ("sk-e", "sk-c", "sk-d")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--api-key", "sécret"], "characters that no header can carry"),
+        (["--api-key-file", "/nowhere"], "Cannot read the API keys /nowhere"),
+        (["--api-key-file", "/dev/null"], "/dev/null holds no API key"),
+        (["--max-concurrent-requests-per-key", "2"], "needs API keys"),
+    ],
+)
+def test_keys_that_cannot_be(flags: list[str], sentence: str) -> None:
+    with pytest.raises(StartupError, match=sentence) as caught:
+        load(flags).door_options()
+    assert "cret" not in caught.value.message
+
+
+def test_a_wrong_key_is_not_repeated(tmp_path: Path) -> None:
+    file = tmp_path / "medusa.yaml"
+    file.write_text("api_keys: [[secret]]")
+    with pytest.raises(StartupError, match=r"api_keys.0 cannot be what it is") as caught:
+        load(["--config", str(file)])
+    assert "secret" not in caught.value.message
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,17 @@ def deaf(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
     time.sleep(600)
 
 
+def stuck_once(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
+    """In its first life begins every request and reads no more; later it echoes."""
+    if Path(config.model).exists():
+        echo(config, inbox, outbox)
+        return
+    Path(config.model).touch()
+    outbox.send(Ready(INFO))
+    outbox.send(StepOutput((Delta(inbox.recv().request_id, (7,)),), StepStats()))
+    time.sleep(600)
+
+
 def submit(name: str, *prompt: int) -> Submit:
     return Submit(name, prompt, SamplingParams(max_tokens=16))
 
@@ -247,7 +258,7 @@ async def test_stop_kills_a_process_that_does_not_listen(monkeypatch: pytest.Mon
     await engine.stop()
     with pytest.raises(EngineDeadError, match="stopped"):
         await open_request
-    assert engine._process._process.exitcode == -signal.SIGKILL
+    assert engine._process.exit_code == -signal.SIGKILL
 
 
 async def test_a_cancelled_start_leaves_no_process() -> None:
@@ -258,7 +269,7 @@ async def test_a_cancelled_start_leaves_no_process() -> None:
     with pytest.raises(asyncio.CancelledError):
         await start
     assert engine._process is not None
-    assert engine._process._process.exitcode is not None
+    assert engine._process.exit_code is not None
 
 
 async def test_an_interrupt_is_the_parents_alone() -> None:
@@ -266,3 +277,29 @@ async def test_an_interrupt_is_the_parents_alone() -> None:
         assert engine._process is not None
         os.kill(engine._process._process.pid or 0, signal.SIGINT)
         assert await collect(engine, "alive", 1) == [1]
+
+
+async def test_an_engine_that_hangs_is_killed_and_started_again(tmp_path: Path) -> None:
+    restarts: list[None] = []
+    client = EngineClient(
+        EngineConfig(str(tmp_path / "born")),
+        target=stuck_once,
+        timeout_seconds=0.5,
+        on_restart=lambda: restarts.append(None),
+    )
+    async with running(client) as engine:
+        await asyncio.sleep(1)
+        assert engine.status == "ready"  # without work silence means nothing
+        request = engine.generate(submit("stuck", 1))
+        assert (await anext(request)).token_ids == (7,)
+        started = time.monotonic()
+        long_prompts = [asyncio.create_task(collect(engine, str(n), *range(50_000))) for n in range(5)]
+        with pytest.raises(EngineDeadError, match="restarted"):
+            await anext(request)
+        assert 0.4 < time.monotonic() - started < 5
+        assert all(
+            isinstance(end, EngineDeadError) for end in await asyncio.gather(*long_prompts, return_exceptions=True)
+        )
+        await until(lambda: engine.status == "ready")
+        assert await collect(engine, "good", 1, 2) == [1, 2]
+        assert len(restarts) == 1

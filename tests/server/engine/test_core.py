@@ -139,6 +139,8 @@ def test_long_prompts_are_chunked_while_others_decode() -> None:
     engine.submit(submit("long", [2] * 40, 5, ignore_eos=True))
     outputs = [engine.step() for _ in range(5)]
     assert all(any(delta.request_id == "short" for delta in output.deltas) for output in outputs)
+    begun = [[delta for delta in output.deltas if delta.request_id == "long"] for output in outputs]
+    assert begun == [[Delta("long")], [], [], [], []]
     assert text(drain(engine), "long") == reference([2] * 40, 5, ignore_eos=True)
 
 
@@ -254,10 +256,9 @@ def test_prompt_logprobs_come_once_and_complete_even_when_chunked() -> None:
     drain(engine)
     engine.submit(submit("a", prompt, 0, prompt_logprobs=0))
     deltas = drain(engine)
-    assert len(deltas) == 1
-    assert deltas[0].finish == "length"
-    assert deltas[0].token_ids == ()
-    collected = deltas[0].prompt_logprobs
+    assert [(delta.finish, delta.token_ids) for delta in deltas] == [(None, ()), ("length", ())]
+    assert deltas[0].prompt_logprobs is None
+    collected = deltas[1].prompt_logprobs
     assert collected is not None
     assert [entry and entry.token_id for entry in collected] == [None, *prompt[1:]]
 
