@@ -4,7 +4,7 @@ Invariants:
 - a row's token is a pure function of its logits, its request's parameters, the tokens before it and its position;
   never of the other rows, the tree or the batch;
 - every row at one position of one choice sees the same noise, so a tree's result equals one-by-one sampling;
-- order, as in vLLM: min_tokens and logit_bias, penalties, temperature, min_p, top_k, top_p, noise.
+- order, as in vLLM: grammar, min_tokens and logit_bias, penalties, temperature, min_p, top_k, top_p, noise.
 
 `y = argmax(log p + g)` with Gumbel noise `g` is an exact sample of `p` (Gumbel-max trick); noise shared between drafter
 and verifier is Daliri et al., arXiv 2408.07978.
@@ -14,12 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from models.grammar import unpack
+
 NEG_INF = float("-inf")
+Forbidden = np.ndarray[Any, np.dtype[np.bool_]]  # [vocab]
 NUM_CANDIDATES = 256  # rows whose truncated set is larger are processed again over the whole vocabulary
 
 
@@ -85,6 +89,7 @@ class Row:
     path: tuple[int, ...] = ()  # tokens of its nodes, below what `history` has counted
     banned_early: tuple[int, ...] = ()  # impossible while num_output < min_tokens
     history: History | None = None  # present iff a penalty is set
+    mask: bytes | None = None  # a bit for each token that the request's grammar allows here; see `grammar.unpack`
 
 
 def needs_history(params: Params) -> bool:
@@ -112,7 +117,7 @@ def _argmax(logits: Tensor) -> Tensor:
 
 
 def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """min_tokens, logit_bias and penalties: all that moves even the greedy choice. Copies only if there is any."""
+    """Grammar, min_tokens, logit_bias, penalties: all that moves even the greedy choice. Copies if there is any."""
     touched = [(i, row) for i, row in enumerate(rows) if _is_adjusted(row)]
     if not touched:
         return logits
@@ -124,18 +129,37 @@ def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 def _is_adjusted(row: Row) -> bool:
     too_early = row.num_output < row.params.min_tokens and bool(row.banned_early)
-    return too_early or bool(row.params.logit_bias) or row.history is not None
+    return too_early or bool(row.params.logit_bias) or row.history is not None or row.mask is not None
 
 
 def _adjust_row(logits: Tensor, row: Row) -> None:  # [vocab], in place
     params = row.params
+    if row.mask is not None:
+        _forbid(logits, ~unpack(row.mask, len(logits)))
     if row.num_output < params.min_tokens and row.banned_early:
-        logits[list(row.banned_early)] = NEG_INF
+        _ban_early(logits, row)
     if params.logit_bias:
         ids = torch.tensor([token for token, _ in params.logit_bias], device=logits.device)
         logits[ids] += torch.tensor([bias for _, bias in params.logit_bias], device=logits.device)
     if row.history is not None:
         _penalise(logits, row.history, row)
+
+
+def _forbid(logits: Tensor, forbidden: Forbidden) -> None:  # [vocab], in place
+    """numpy on a CPU, for the same reason as in `_argmax`."""
+    if logits.device.type == "cpu":
+        logits.numpy()[forbidden] = NEG_INF
+    else:
+        logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), NEG_INF)
+
+
+def _ban_early(logits: Tensor, row: Row) -> None:  # [vocab], in place
+    """A grammar may allow nothing but the end; then that is not too early."""
+    banned = list(row.banned_early)
+    before = logits[banned]
+    logits[banned] = NEG_INF
+    if row.mask is not None and bool(logits.max() == NEG_INF):
+        logits[banned] = before
 
 
 def _penalise(logits: Tensor, history: History, row: Row) -> None:  # [vocab], in place

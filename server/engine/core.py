@@ -37,11 +37,16 @@ class ModelRunner(Protocol):
 
     info: ModelInfo
 
-    def can_draft(self, request: Request) -> bool:
-        """Is there a hidden state to draft from?"""
+    def refusal(self, submit: Submit) -> str | None:
+        """Why the model cannot serve this request, a sentence; None if it can."""
 
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[TreeShape]:
-        """A tree of at most so many nodes for each request, no deeper than the request can still use."""
+    def can_draft(self, request: Request) -> bool:
+        """Is there a hidden state to draft from, or a grammar that may force tokens?"""
+
+    def draft(
+        self, requests: Sequence[Request], num_nodes: Sequence[int], num_forced: Sequence[int]
+    ) -> list[TreeShape]:
+        """A tree for each request, no deeper than it can still use: at most so many guesses and forced tokens."""
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:
         """One forward pass and its verification, in order."""
@@ -144,7 +149,7 @@ class Engine:
             )
         if not all(0 <= token < info.vocab_size for token in submit.prompt):
             return f"A prompt token is outside the vocabulary of {info.vocab_size}: check the tokenizer in use."
-        return None
+        return self.runner.refusal(submit)
 
     def _rows_for_trees(self) -> int:
         """Rows that prompts must not take from the trees of those who decode: at most half of a step."""
@@ -157,9 +162,16 @@ class Engine:
         """Draft for decoding requests and hang the trees below their roots."""
         drafting = [work for work in works if work.reaches_end and self.runner.can_draft(work.request)]
         requests = [work.request for work in drafting]
-        num_nodes = self._controller.allot(requests, self.scheduler.rows_left)
-        chosen = [i for i, nodes in enumerate(num_nodes) if nodes > 0]
-        trees = self._timed(self.runner.draft, [requests[i] for i in chosen], [num_nodes[i] for i in chosen])
+        rows_left = self.scheduler.rows_left
+        num_nodes = self._controller.allot(requests, rows_left)
+        num_forced = self._controller.allot_forced(requests, num_nodes, rows_left - sum(num_nodes))
+        chosen = [i for i in range(len(requests)) if num_nodes[i] + num_forced[i] > 0]
+        trees = self._timed(
+            self.runner.draft,
+            [requests[i] for i in chosen],
+            [num_nodes[i] for i in chosen],
+            [num_forced[i] for i in chosen],
+        )
         for i, (tokens, parents) in zip(chosen, trees, strict=True):
             self.scheduler.place(drafting[i], tokens, parents)
 
@@ -172,14 +184,18 @@ class Engine:
             return None
         if request.first_token_time is None:
             request.first_token_time = self._clock()
+        if outcome.error is not None:
+            return self._end(request, Delta(request.id, error=outcome.error), "error")
         tokens, finish = self._append(request, outcome.token_ids)
         work.num_accepted = min(len(outcome.path), len(tokens))  # what lies beyond the end was of no use
         if work.node_tokens:
             request.speculation.add(len(work.node_tokens), work.num_accepted)
         delta = Delta(request.id, tokens, outcome.logprobs[: len(tokens)], prompt_logprobs)
-        if finish is None:
-            return delta
-        return self._end(request, replace(delta, stop_token_id=tokens[-1] if finish == "stop" else None), finish)
+        if finish == "stop":
+            delta = replace(delta, stop_token_id=tokens[-1])
+        if outcome.is_complete and len(tokens) == len(outcome.token_ids):
+            finish = "stop"
+        return delta if finish is None else self._end(request, delta, finish)
 
     def _append(self, request: Request, token_ids: Sequence[int]) -> tuple[tuple[int, ...], FinishReason | None]:
         """Append tokens until one of them ends the request; later ones never were."""

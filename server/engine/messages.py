@@ -52,6 +52,7 @@ class SamplingParams:
     choice: int = 0  # index of this choice in an `n > 1` request; part of the noise key, so choices differ
     logprobs: int | None = None  # alternatives per sampled token; 0 is the sampled token alone; None is off
     prompt_logprobs: int | None = None  # the same for prompt tokens
+    grammar: str | None = None  # what the output must follow, as llguidance takes it: Lark or JSON
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,3 +151,5 @@ class Outcome:
     path: tuple[int, ...] = ()  # accepted nodes; one fewer than token_ids
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens after each chain row, as far as known
+    is_complete: bool = False  # the last of token_ids completes the request's grammar
+    error: str | None = None  # why the request cannot go on, a sentence

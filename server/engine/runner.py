@@ -21,9 +21,11 @@ from models import memory, sampling, verify
 from models.backbone import Backbone, read_sizes
 from models.batch import Segment, build_batch
 from models.checkpoint import CheckpointError, build_heads, check_heads, read_heads
+from models.constrained import grow
 from models.drafters.medusa import DraftRow, Heads, propose
 from models.drafters.packed import PackedHeads
-from models.drafters.resblock import DEFAULT_ACCURACIES, ResBlockHeads
+from models.drafters.resblock import DEFAULT_ACCURACIES, Accuracies, ResBlockHeads
+from models.grammar import GrammarError, Grammars, GrammarState
 from models.kernels.build import KernelError
 from models.kernels.cpu import kernels, take_seconds
 from models.kv_pool import KVPool
@@ -31,7 +33,7 @@ from models.probe import BackboneError
 from models.sampling import History, Row
 from models.tree import Tree, best_static_choices, tree_from_choices
 from server.engine.core import TreeShape
-from server.engine.messages import EngineConfig, ModelInfo, TokenLogprobs
+from server.engine.messages import EngineConfig, ModelInfo, Submit, TokenLogprobs
 from server.engine.request import Outcome, Request, Work
 from server.errors import StartupError
 
@@ -61,6 +63,8 @@ class Runner:
         )
         self._hidden: dict[str, Tensor] = {}  # request id -> [hidden]
         self._histories: dict[str, History] = {}
+        self.grammars = Grammars(Path(config.model) / "tokenizer.json", backbone.eos_token_ids)
+        self._grammar_states: dict[str, GrammarState] = {}
 
     @classmethod
     def load(cls, config: EngineConfig) -> Runner:
@@ -83,8 +87,17 @@ class Runner:
             raise StartupError(str(error)) from error
         return cls(backbone, heads, config)
 
+    def refusal(self, submit: Submit) -> str | None:
+        """Why this request cannot run: its grammar does not compile. What compiles stays compiled for a while."""
+        if submit.sampling.grammar is not None:
+            try:
+                self.grammars.start(submit.sampling.grammar)
+            except GrammarError as error:
+                return str(error)
+        return None
+
     def can_draft(self, request: Request) -> bool:
-        return self.heads is not None and request.id in self._hidden and self._max_depth(request) > 0
+        return self._max_depth(request) > 0 and (self._has_heads(request) or _is_constrained(request))
 
     def kernel_seconds(self) -> float:
         """Seconds spent in C kernels since this was last asked."""
@@ -93,24 +106,38 @@ class Runner:
     def forget(self, request: Request) -> None:
         self._hidden.pop(request.id, None)
         self._histories.pop(request.id, None)
+        self._grammar_states.pop(request.id, None)
 
     @torch.inference_mode()
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[TreeShape]:
-        """The best static tree of so many nodes for each request, filled with the heads' tokens."""
-        if not requests:
-            return []
-        assert self.heads is not None
+    def draft(
+        self, requests: Sequence[Request], num_nodes: Sequence[int], num_forced: Sequence[int]
+    ) -> list[TreeShape]:
+        """For each request the best tree of so many guesses by the heads, and of tokens that its grammar forces."""
+        guessed = [r for r, count in zip(requests, num_nodes, strict=True) if count > 0 and self._has_heads(r)]
+        accuracies, candidates = self._candidates(guessed)
+        by_request = {request.id: ranked for request, ranked in zip(guessed, candidates, strict=True)}
+        trees: list[TreeShape] = []
+        for request, nodes, forced in zip(requests, num_nodes, num_forced, strict=True):
+            ranked, depth, state = by_request.get(request.id, []), self._max_depth(request), self._grammar(request)
+            if state is not None:
+                tree = grow(state, ranked, accuracies, num_guesses=nodes, num_forced=forced, max_depth=depth)
+            else:
+                tree = tree_from_choices(best_static_choices(accuracies[:depth], nodes), ranked)
+            trees.append((tree.tokens, tree.parents))
+        return trees
+
+    def _has_heads(self, request: Request) -> bool:
+        return self.heads is not None and request.id in self._hidden
+
+    def _candidates(self, requests: Sequence[Request]) -> tuple[Accuracies, list[list[list[int]]]]:
+        """The heads' best tokens, [requests][depth][rank], and how often each rank of each depth is right."""
+        if self.heads is None or not requests:
+            return (), []
         hidden = torch.stack([self._hidden[request.id] for request in requests])
         rows = [DraftRow(request.submit.sampling, len(request.tokens)) for request in requests]
         accuracies = (self.heads.accuracies or DEFAULT_ACCURACIES)[: self.heads.num_heads]
         num_ranks = min(max(map(len, accuracies)), len(self.heads.token_ids))
-        candidates = propose(self.heads, hidden, rows, num_ranks)
-        trees: list[TreeShape] = []
-        for request, count, ranked in zip(requests, num_nodes, candidates, strict=True):
-            reachable = tuple(depth[:num_ranks] for depth in accuracies[: self._max_depth(request)])
-            tree = tree_from_choices(best_static_choices(reachable, count), ranked)
-            trees.append((tree.tokens, tree.parents))
-        return trees
+        return tuple(depth[:num_ranks] for depth in accuracies), propose(self.heads, hidden, rows, num_ranks)
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> list[Outcome]:
@@ -168,10 +195,26 @@ class Runner:
         params, history = request.submit.sampling, self._history(request)
         banned = (*self.backbone.eos_token_ids, *params.stop_token_ids)
         paths = [(), *(tuple(tree.tokens[i] for i in tree.path(node)) for node in range(len(tree)))]
+        masks = self._masks(request, paths)
         return [
-            Row(params, len(request.tokens) + len(path), request.num_output + len(path), path, banned, history)
-            for path in paths
+            Row(params, len(request.tokens) + len(path), request.num_output + len(path), path, banned, history, mask)
+            for path, mask in zip(paths, masks, strict=True)
         ]
+
+    def _masks(self, request: Request, paths: Sequence[tuple[int, ...]]) -> list[bytes | None]:
+        state = self._grammar(request)
+        return [None if state is None else state.mask(path) for path in paths]
+
+    def _grammar(self, request: Request) -> GrammarState | None:
+        """Where the request's output stands in its grammar. After a preemption it is read again."""
+        grammar = request.submit.sampling.grammar
+        if grammar is None:
+            return None
+        state = self._grammar_states.get(request.id)
+        if state is None:
+            state = self._grammar_states[request.id] = self.grammars.start(grammar)
+        state.advance(request.tokens[request.num_prompt :])
+        return state
 
     def _history(self, request: Request) -> History | None:
         if not sampling.needs_history(request.submit.sampling):
@@ -196,9 +239,16 @@ class Runner:
         kept = [0, *(node + 1 for node in path)]
         self._hidden[request.id] = hidden[kept[-1]].clone()
         emitted = (*(work.node_tokens[node] for node in path), sampled[kept[-1]])
+        state = self._grammar(request)
+        if state is not None and (error := _grammar_failure(state, emitted)) is not None:
+            return Outcome(error=error)
+        is_complete = False
+        if state is not None:
+            emitted, is_complete = _until_complete(state, emitted)
+            path, kept = path[: len(emitted)], kept[: len(emitted)]
         count = request.submit.sampling.logprobs
         logprobs = () if count is None else _logprobs(logits[kept], emitted, count)
-        return Outcome(emitted, path, logprobs, prompt_logprobs)
+        return Outcome(emitted, path, logprobs, prompt_logprobs, is_complete)
 
     def _accept(self, work: Work, rows: Sequence[Row], sampled: Sequence[int], logits: Tensor) -> tuple[int, ...]:
         """The surviving nodes, by the request's own rule."""
@@ -227,6 +277,26 @@ class Runner:
     def _max_depth(self, request: Request) -> int:
         """Nodes deeper than this could not be emitted, and might lie beyond the model's context."""
         return request.submit.sampling.max_tokens - request.num_output - 1
+
+
+def _is_constrained(request: Request) -> bool:
+    """Decodes under a grammar, whose forced tokens need no heads."""
+    decodes = request.num_remaining == 1 and request.num_computed >= request.num_prompt
+    return decodes and request.submit.sampling.grammar is not None
+
+
+def _grammar_failure(state: GrammarState, emitted: tuple[int, ...]) -> str | None:
+    """Why a grammar could not be followed somewhere along `emitted`, as without a tree."""
+    errors = (state.error(emitted[:count]) for count in range(len(emitted)))
+    return next((f"The grammar could not be followed: {error}" for error in errors if error is not None), None)
+
+
+def _until_complete(state: GrammarState, emitted: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+    """`emitted` up to the token that completes the grammar; is there one?"""
+    for count in range(1, len(emitted) + 1):
+        if state.is_complete(emitted[:count]):
+            return emitted[:count], True
+    return emitted, False
 
 
 def _wants_int8(config: EngineConfig, backbone: Backbone) -> bool:

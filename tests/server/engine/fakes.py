@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 
 from server.engine.core import TreeShape
-from server.engine.messages import ModelInfo, TokenLogprobs
+from server.engine.messages import ModelInfo, Submit, TokenLogprobs
 from server.engine.request import Outcome, Request, Work
 
 VOCAB = 11
@@ -48,7 +48,13 @@ class FakeRunner:
     def forget(self, request: Request) -> None:
         self.ready.discard(request.id)
 
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[TreeShape]:
+    def refusal(self, submit: Submit) -> str | None:
+        return None
+
+    def draft(
+        self, requests: Sequence[Request], num_nodes: Sequence[int], num_forced: Sequence[int]
+    ) -> list[TreeShape]:
+        assert not any(num_forced), "no request of the fake has a grammar"
         return [self._tree(request, count) for request, count in zip(requests, num_nodes, strict=True)]
 
     def _tree(self, request: Request, count: int) -> TreeShape:
