@@ -123,12 +123,12 @@ class GrammarState:
         return mask
 
     def _go_to(self, path: Tokens) -> bool:
-        """Move the matcher to the end of `path`. False if `path` is forbidden, or fails."""
+        """Move the matcher to the end of `path`. False if `path` is forbidden, holds what is no token, or fails."""
         shared = _num_equal(self._ahead, path)
         if shared < len(self._ahead):
             self._matcher.rollback(len(self._ahead) - shared)
         rest = path[shared:]
-        taken = self._matcher.try_consume_tokens(list(rest)) if rest else 0
+        taken = self._matcher.try_consume_tokens([token for token in rest if token >= 0]) if rest else 0
         self._ahead = path[: shared + taken]
         if not self._matcher.is_error():
             return taken == len(rest)

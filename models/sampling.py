@@ -89,7 +89,7 @@ class Row:
     path: tuple[int, ...] = ()  # tokens of its nodes, below what `history` has counted
     banned_early: tuple[int, ...] = ()  # impossible while num_output < min_tokens
     history: History | None = None  # present iff a penalty is set
-    mask: bytes | None = None  # a bit for each token that the request's grammar allows here; see `grammar.unpack`
+    grammar_mask: bytes | None = None  # a bit for each token that the grammar allows here; see `grammar.unpack`
 
 
 def needs_history(params: Params) -> bool:
@@ -129,13 +129,13 @@ def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 def _is_adjusted(row: Row) -> bool:
     too_early = row.num_output < row.params.min_tokens and bool(row.banned_early)
-    return too_early or bool(row.params.logit_bias) or row.history is not None or row.mask is not None
+    return too_early or bool(row.params.logit_bias) or row.history is not None or row.grammar_mask is not None
 
 
 def _adjust_row(logits: Tensor, row: Row) -> None:  # [vocab], in place
     params = row.params
-    if row.mask is not None:
-        _forbid(logits, ~unpack(row.mask, len(logits)))
+    if row.grammar_mask is not None:
+        _forbid(logits, ~unpack(row.grammar_mask, len(logits)))
     if row.num_output < params.min_tokens and row.banned_early:
         _ban_early(logits, row)
     if params.logit_bias:
@@ -158,7 +158,7 @@ def _ban_early(logits: Tensor, row: Row) -> None:  # [vocab], in place
     banned = list(row.banned_early)
     before = logits[banned]
     logits[banned] = NEG_INF
-    if row.mask is not None and bool(logits.max() == NEG_INF):
+    if row.grammar_mask is not None and bool(logits.max() == NEG_INF):
         logits[banned] = before
 
 

@@ -16,7 +16,9 @@ from server.openai.service import Engine, Service
 from server.text.prompt import Tokenizer
 
 
-def create_app(engine: Engine, tokenizer: Tokenizer, *, model_name: str, metrics: Metrics) -> FastAPI:
+def create_app(
+    engine: Engine, tokenizer: Tokenizer, *, model_name: str, metrics: Metrics, tool_call_parser: str = "auto"
+) -> FastAPI:
     """The application of one started engine. `metrics.on_step` and `on_restart` are the engine's own to call."""
 
     @asynccontextmanager
@@ -25,7 +27,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, *, model_name: str, metrics
         await engine.stop()
 
     app = FastAPI(title="medusa-serve", version=__version__, lifespan=lifespan, responses=faults.DOCUMENTED)
-    app.state.service = Service(engine, tokenizer, metrics, model_name)
+    app.state.service = Service(engine, tokenizer, metrics, model_name, tool_call_parser=tool_call_parser)
     faults.install(app)
     for room in (completions, chat, models, ops):
         app.include_router(room.router)

@@ -75,7 +75,7 @@ async def _serve(settings: Settings, folder: Path, heads: Path | None, listener:
     given_up = asyncio.Event()
     engine = EngineClient(config, on_step=metrics.on_step, on_restart=metrics.on_restart, on_dead=given_up.set)
     try:
-        app = await _start(engine, metrics, settings.model_name, folder)
+        app = await _start(engine, metrics, settings, folder)
         server = _Server(app, settings.log_level, listener)
         _on_signals(lambda number: server.handle_exit(number, None))
         watcher = asyncio.create_task(_exit_when(given_up, server))
@@ -96,13 +96,13 @@ async def _exit_when(given_up: asyncio.Event, server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-async def _start(engine: EngineClient, metrics: Metrics, model_name: str, folder: Path) -> FastAPI:
+async def _start(engine: EngineClient, metrics: Metrics, settings: Settings, folder: Path) -> FastAPI:
     """Start the engine; read the tokenizer and import the routes while it loads."""
     started = time.monotonic()
     with console.status("loading the model"):
         starting = asyncio.create_task(engine.start())
         try:
-            app = await asyncio.to_thread(_build_app, engine, metrics, model_name, folder)
+            app = await asyncio.to_thread(_build_app, engine, metrics, settings, folder)
             await starting
         finally:
             starting.cancel()
@@ -116,11 +116,17 @@ async def _start(engine: EngineClient, metrics: Metrics, model_name: str, folder
     return app
 
 
-def _build_app(engine: EngineClient, metrics: Metrics, model_name: str, folder: Path) -> FastAPI:
+def _build_app(engine: EngineClient, metrics: Metrics, settings: Settings, folder: Path) -> FastAPI:
     from server.app import create_app
     from server.text.prompt import Tokenizer
 
-    return create_app(engine, Tokenizer.from_folder(folder), model_name=model_name, metrics=metrics)
+    return create_app(
+        engine,
+        Tokenizer.from_folder(folder),
+        model_name=settings.model_name,
+        metrics=metrics,
+        tool_call_parser=settings.tool_call_parser,
+    )
 
 
 class _Server(uvicorn.Server):

@@ -30,6 +30,7 @@ from server.errors import StartupError
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "none"]
+ToolCallParser = Literal["auto", "hermes", "llama3_json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -75,6 +76,9 @@ class Settings(BaseSettings):
         None, ge=1, description="requests at a time from which none get guesses unless they ask; by default 2 on a CPU"
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; by default all cores")
+    tool_call_parser: ToolCallParser = Field(
+        "auto", description="how the model calls tools; by default as its template says"
+    )
     log_level: LogLevel = Field("info", description="how much is logged")
 
     @classmethod

@@ -191,9 +191,10 @@ class Engine:
         if work.node_tokens:
             request.speculation.add(len(work.node_tokens), work.num_accepted)
         delta = Delta(request.id, tokens, outcome.logprobs[: len(tokens)], prompt_logprobs)
-        if finish == "stop":
+        is_complete = outcome.is_complete and len(tokens) == len(outcome.token_ids)
+        if finish == "stop" or (is_complete and tokens[-1] in self._eos):
             delta = replace(delta, stop_token_id=tokens[-1])
-        if outcome.is_complete and len(tokens) == len(outcome.token_ids):
+        if is_complete:
             finish = "stop"
         return delta if finish is None else self._end(request, delta, finish)
 

@@ -195,13 +195,13 @@ class Runner:
         params, history = request.submit.sampling, self._history(request)
         banned = (*self.backbone.eos_token_ids, *params.stop_token_ids)
         paths = [(), *(tuple(tree.tokens[i] for i in tree.path(node)) for node in range(len(tree)))]
-        masks = self._masks(request, paths)
+        masks = self._grammar_masks(request, paths)
         return [
             Row(params, len(request.tokens) + len(path), request.num_output + len(path), path, banned, history, mask)
             for path, mask in zip(paths, masks, strict=True)
         ]
 
-    def _masks(self, request: Request, paths: Sequence[tuple[int, ...]]) -> list[bytes | None]:
+    def _grammar_masks(self, request: Request, paths: Sequence[tuple[int, ...]]) -> list[bytes | None]:
         state = self._grammar(request)
         return [None if state is None else state.mask(path) for path in paths]
 

@@ -15,9 +15,11 @@ from server.openai.generation import Generation, Piece, TextOptions
 from server.openai.logprobs import chat_logprobs
 from server.openai.params import build_submits, check_stream_options
 from server.openai.reply import Reply
-from server.openai.schema import ChatRequest, Message
+from server.openai.schema import ChatRequest
 from server.openai.service import Service, ServiceDep
+from server.openai.tools import call_deltas, plan, turn, whole_calls
 from server.text.prompt import Tokenizer
+from server.text.tools import ToolFormat
 
 router = APIRouter()
 
@@ -30,11 +32,10 @@ async def create_chat_completion(request: ChatRequest, http: Request, service: S
     _check(request)
     service.check_ready()
     reply_id = f"chatcmpl-{uuid.uuid4().hex}"
-    submits = await asyncio.to_thread(_prepare, request, service, reply_id)
+    submits, format = await asyncio.to_thread(_prepare, request, service, reply_id)
     service.metrics.params_n.observe(request.n)
-    options = TextOptions(tuple(request.stop), request.include_stop_str_in_output, request.skip_special_tokens)
-    generation = Generation(service, submits, options, arrival)
-    shape = ChatShape(service.tokenizer, has_logprobs=request.logprobs)
+    generation = Generation(service, submits, _text_options(request, format), arrival)
+    shape = ChatShape(service.tokenizer, has_logprobs=request.logprobs, has_tools=format is not None)
     return await Reply(reply_id, service.model_name, generation, shape).respond(http, request)
 
 
@@ -48,14 +49,24 @@ def _check(request: ChatRequest) -> None:
         )
 
 
-def _prepare(request: ChatRequest, service: Service, reply_id: str) -> list[Submit]:
+def _text_options(request: ChatRequest, format: ToolFormat | None) -> TextOptions:
+    """The tags of calls may be special tokens; where calls are looked for, these are text."""
+    skip = request.skip_special_tokens and format is None
+    parser = None if format is None else format.parser
+    return TextOptions(tuple(request.stop), request.include_stop_str_in_output, skip, parser)
+
+
+def _prepare(request: ChatRequest, service: Service, reply_id: str) -> tuple[list[Submit], ToolFormat | None]:
+    """The submits, and how calls are to be read."""
+    planned = plan(request, service)
     prompt = service.tokenizer.chat_prompt(
-        [_turn(message) for message in request.messages],
+        [turn(message) for message in request.messages],
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
         template_kwargs=request.chat_template_kwargs,
+        tools=planned.tools,
     )
-    return build_submits(
+    submits = build_submits(
         request,
         service.engine.info,
         [prompt],
@@ -63,13 +74,9 @@ def _prepare(request: ChatRequest, service: Service, reply_id: str) -> list[Subm
         param="messages",
         max_tokens=request.max_completion_tokens or request.max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        grammar=planned.grammar,
     )
-
-
-def _turn(message: Message) -> dict[str, Any]:
-    role = "system" if message.role == "developer" else message.role
-    turn = {"role": role, "content": message.content}
-    return turn if message.name is None else {**turn, "name": message.name}
+    return submits, planned.format
 
 
 class ChatShape:
@@ -78,22 +85,27 @@ class ChatShape:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, *, has_logprobs: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, has_logprobs: bool, has_tools: bool = False) -> None:
         self._tokenizer = tokenizer
         self._has_logprobs = has_logprobs
+        self._has_tools = has_tools
 
     def opening(self, index: int) -> dict[str, Any]:
         """Who speaks."""
-        delta = {"role": "assistant", "content": "", "refusal": None}
+        delta = {"role": "assistant", "content": None if self._has_tools else "", "refusal": None}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """What is said next."""
-        return {"index": piece.index, "delta": {"content": piece.text} if piece.text else {}, **self._rest(piece)}
+        content = {"content": piece.text} if piece.text else {}
+        calls = {"tool_calls": call_deltas(piece.calls)} if piece.calls else {}
+        return {"index": piece.index, "delta": content | calls, **self._rest(piece)}
 
     def choice(self, piece: Piece) -> dict[str, Any]:
         """All that was said."""
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        content = (piece.text or None) if self._has_tools else piece.text
+        calls = {"tool_calls": whole_calls(piece.calls)} if piece.calls else {}
+        message = {"role": "assistant", "content": content, "refusal": None} | calls
         return {"index": piece.index, "message": message, **self._rest(piece)}
 
     def _rest(self, piece: Piece) -> dict[str, Any]:

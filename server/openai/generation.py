@@ -10,7 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +19,7 @@ from server.engine.messages import Delta, FinishReason, RequestStats, Submit, To
 from server.errors import EngineDeadError, MedusaError
 from server.metrics import RequestTimer
 from server.openai.service import Service
+from server.text.calls import CallDelta, CallParser
 from server.text.detokenizer import Detokenizer
 
 Scored = tuple[int, TokenLogprobs | None]  # a token and its log-probabilities; the first prompt token has none
@@ -31,6 +32,7 @@ class TextOptions:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    parser: Callable[[], CallParser] | None = None  # finds tool calls
 
 
 @dataclass(slots=True)
@@ -40,13 +42,14 @@ class Piece:
     index: int
     text: str
     tokens: tuple[Scored, ...] = ()
-    finish: Literal["stop", "length"] | None = None
+    finish: Literal["stop", "length", "tool_calls"] | None = None
     stop_reason: str | int | None = None
+    calls: tuple[CallDelta, ...] = ()
 
     @property
     def is_text(self) -> bool:
         """Is there nothing else to say?"""
-        return self.finish is None and not self.tokens
+        return self.finish is None and not self.tokens and not self.calls
 
 
 class Choice:
@@ -71,6 +74,8 @@ class Choice:
         self._timer = RequestTimer(service.metrics, arrival, len(submit.prompt), submit.sampling.max_tokens)
         self._text = echo  # not shown yet, like the tokens
         self._tokens: list[Scored] = []
+        self._parser = options.parser() if options.parser is not None else None
+        self._calls: list[CallDelta] = []
         self._end: FinishReason = "abort"
 
     async def run(self) -> AsyncGenerator[Piece, None]:
@@ -105,7 +110,7 @@ class Choice:
         text, count = self._detokenize(delta)
         self._timer.tokens(count)
         self.num_tokens += count
-        self._text += text
+        self._text += self._parse(text, is_end=delta.finish is not None or self._detokenizer.stopped is not None)
         if delta.prompt_logprobs is not None:
             self._tokens += zip(self.submit.prompt, delta.prompt_logprobs, strict=True)
         self._tokens += [(scored.token_id, scored) for scored in delta.logprobs[:count]]
@@ -122,14 +127,24 @@ class Choice:
             return text, self._detokenizer.num_tokens - before
         return text, len(delta.token_ids)
 
+    def _parse(self, text: str, *, is_end: bool) -> str:
+        """The content of `text`; the calls in it are kept beside."""
+        if self._parser is None:
+            return text
+        parts = [self._parser.push(text), *([self._parser.finish()] if is_end else [])]
+        self._calls += [call for part in parts for call in part.calls]
+        return "".join(part.content for part in parts)
+
     def _show(self, delta: Delta) -> Piece | None:
         finish, reason = self._finish(delta)
-        if not self._text and finish is None:
+        if not self._text and not self._calls and finish is None:
             return None
         if finish is not None:
             self._end = finish
-        piece = Piece(self.index, self._text, tuple(self._tokens), finish, reason)
-        self._text, self._tokens = "", []
+        has_called = finish == "stop" and self._parser is not None and self._parser.num_calls > 0
+        shown = "tool_calls" if has_called else finish
+        piece = Piece(self.index, self._text, tuple(self._tokens), shown, reason, tuple(self._calls))
+        self._text, self._tokens, self._calls = "", [], []
         return piece
 
     def _finish(self, delta: Delta) -> tuple[Literal["stop", "length"] | None, str | int | None]:
@@ -182,7 +197,8 @@ class Generation:
 def _join(parts: Sequence[Piece]) -> Piece:
     text = "".join(part.text for part in parts)
     tokens = tuple(token for part in parts for token in part.tokens)
-    return Piece(parts[-1].index, text, tokens, parts[-1].finish, parts[-1].stop_reason)
+    calls = tuple(call for part in parts for call in part.calls)
+    return Piece(parts[-1].index, text, tokens, parts[-1].finish, parts[-1].stop_reason, calls)
 
 
 async def merge(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:

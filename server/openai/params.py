@@ -31,12 +31,14 @@ def build_submits(
     default_max_tokens: int | None = None,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    grammar: str | None = None,
 ) -> list[Submit]:
     """`n` submits for each prompt, in the order of their index. `param` is the field that the prompts came in.
 
     Without `max_tokens` a completion may have `default_max_tokens`, and without either all that fit.
     """
     same = replace(_sampling_params(request, info), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    same = replace(same, grammar=grammar)
     speculation = speculation_params(request.speculation)
     submits: list[Submit] = []
     for prompt in prompts:

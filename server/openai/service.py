@@ -13,6 +13,7 @@ from server.engine.messages import Delta, ModelInfo, Submit
 from server.errors import EngineDeadError, ModelNotFoundError
 from server.metrics import Metrics
 from server.text.prompt import Tokenizer
+from server.text.tools import FORMATS, ToolFormat, detect
 
 Status = Literal["starting", "ready", "restarting", "dead"]
 
@@ -42,6 +43,14 @@ class Service:
     metrics: Metrics
     model_name: str
     created: int = field(default_factory=lambda: int(time.time()))
+    tool_call_parser: str = "auto"
+
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model calls tools; None if nobody knows."""
+        if self.tool_call_parser == "auto":
+            return detect(self.tokenizer.template or "")
+        return FORMATS[self.tool_call_parser]
 
     def check_ready(self) -> None:
         """Raises EngineDeadError unless the engine takes requests."""

@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from server.openai.schema.common import MAX_LOGPROBS, Body, GenerationRequest
+from server.openai.schema.body import Body
+from server.openai.schema.common import MAX_LOGPROBS, GenerationRequest
+from server.openai.schema.tools import MAX_TOOLS, Tool, ToolCall, ToolChoice
 
 
 def _text(value: Any) -> Any:
@@ -21,18 +23,22 @@ def _text(value: Any) -> Any:
     return "\n".join(part["text"] for part in value)
 
 
-def _no_tools(value: list[Any]) -> list[Any]:
+def _no_functions(value: list[Any]) -> list[Any]:
     if value:
-        raise ValueError("tool calling is not supported; leave it out")
+        raise ValueError("functions is the old name of tools; send tools and tool_choice")
     return value
 
 
 class Message(Body):
     """One turn of a chat. `developer` is OpenAI's newer name for `system`."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, str]])]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, str]])] | None = None
     name: str | None = None  # handed to the chat template
+    tool_calls: list[ToolCall] = Field(
+        default_factory=list, description="Of an assistant: the calls that it asked for."
+    )
+    tool_call_id: str | None = Field(default=None, description="Of a tool: the call whose result this is.")
 
     @model_validator(mode="before")
     @classmethod
@@ -42,6 +48,16 @@ class Message(Body):
             return data
         empty = ("refusal", "annotations", "audio", "function_call", "tool_calls")
         return {key: value for key, value in data.items() if value or key not in empty}
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing; only an assistant's message with tool_calls needs none")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError('tool_calls belong to the role "assistant"')
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError('tool_call_id goes with the role "tool", and with no other')
+        return self
 
 
 class ChatRequest(GenerationRequest):
@@ -55,6 +71,14 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Annotated[list[Any], AfterValidator(_no_tools)] = Field(default_factory=list)
-    functions: Annotated[list[Any], AfterValidator(_no_tools)] = Field(default_factory=list)
-    tool_choice: Literal["none", "auto"] | None = None  # without tools both mean the same
+    tools: list[Tool] = Field(
+        default_factory=list, max_length=MAX_TOOLS, description=f"Functions the model may call; at most {MAX_TOOLS}."
+    )
+    functions: Annotated[list[Any], AfterValidator(_no_functions)] = Field(
+        default_factory=list, description="The old name of `tools`; refused."
+    )
+    tool_choice: ToolChoice | None = Field(
+        default=None,
+        description="`none`: a message; `auto` (default with tools): either; `required` or a named function: calls.",
+    )
+    parallel_tool_calls: bool = Field(default=True, description="May one answer hold several calls?")

@@ -1,13 +1,15 @@
-"""What all endpoints' bodies have in common: their base class, and the fields of everything that generates."""
+"""What all endpoints' bodies have in common: the fields of everything that generates."""
 
 from __future__ import annotations
 
 import json
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from server.engine.messages import SpeculationMode
+from server.openai.schema.body import Body
+from server.openai.schema.structured import ResponseFormat, StructuredOutputs
 
 TOLERATED: Final = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key")
 MAX_STOPS: Final = 16
@@ -18,25 +20,6 @@ MAX_TREE_NODES: Final = 63  # a tree has at most 64 rows, its root included
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
-
-
-def _plain_text(value: dict[str, Any]) -> dict[str, Any]:
-    if value != {"type": "text"}:
-        raise ValueError('only {"type": "text"} is supported')
-    return value
-
-
-class Body(BaseModel):
-    """Base of everything a client sends."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
 
 
 class StreamOptions(Body):
@@ -81,7 +64,12 @@ class GenerationRequest(Body):
     stream_options: StreamOptions | None = None
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)  # lower runs earlier
     speculation: SpeculationOptions = SpeculationOptions()
-    response_format: Annotated[dict[str, Any], AfterValidator(_plain_text)] | None = None
+    response_format: ResponseFormat | None = Field(
+        default=None, description="What the text must look like: `text` (the default), `json_object`, `json_schema`."
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="vLLM's: one of `json`, `json_object`, `regex`, `choice` and `grammar`."
+    )
 
     user: str | None = None
     metadata: dict[str, str] | None = None
