@@ -2,7 +2,8 @@
 
 Invariants:
 - every node may follow its path, so no row is spent on what cannot be accepted;
-- a forced token is taken where its parent is, whoever drafts, and even if nobody does; guesses are taken by value.
+- forced tokens below the root are taken first, and even if nobody drafts; below an unlikely guess they are guesses too;
+- guesses are taken by value.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from models.grammar import GrammarState
 from models.tree import Tree
 
+LIKELY = 0.5  # the probability of a path from which on forced tokens below it do not count as guesses
 Accuracies = Sequence[Sequence[float]]  # [depth][rank]
 
 
@@ -46,9 +48,10 @@ class _Grower:
         self._open((), -1, 1.0)
         while self._heap and num_guesses + num_forced > 0:
             offer = heapq.heappop(self._heap)
-            if not offer.is_forced and num_guesses == 0:
+            is_sure = offer.is_forced and -offer.cost >= LIKELY and num_forced > 0
+            if not is_sure and num_guesses == 0:
                 continue
-            if offer.is_forced and num_forced > 0:
+            if is_sure:
                 num_forced -= 1
             else:
                 num_guesses -= 1

@@ -99,18 +99,25 @@ class GrammarState:
         return self._go_to(path) and self._matcher.is_stopped() and not self._matcher.is_error()
 
     def forced(self, path: Tokens) -> int | None:
-        """The token that must follow `path`, or the longest beginning of the text that must; None if there is a choice.
+        """The token that must follow `path`; None if there is a choice.
 
-        Where only the splitting into tokens is open, models nearly always take the longest token.
+        Where only the splitting of a forced text into tokens is open, that is the longest token: models nearly always
+        take it.
         """
         bits = int.from_bytes(self.mask(path) or b"", "little")
         if not 0 < bits.bit_count() <= MAX_SPLITS or self.is_complete(path):
             return None
         tokens = list(_bits(bits))
-        texts = sorted(self._vocabulary.decode_bytes([token]) for token in tokens)
+        return tokens[0] if len(tokens) == 1 else self._longest(tokens)
+
+    def _longest(self, tokens: Sequence[int]) -> int | None:
+        """Of tokens that each begin with the one before, the longest that says no more than what is forced here."""
+        token_of = {bytes(self._vocabulary.decode_bytes([token])): token for token in tokens}
+        texts = sorted(token_of)
         if not all(texts[-1].startswith(text) for text in texts):
             return None
-        return next(token for token in tokens if self._vocabulary.decode_bytes([token]) == texts[-1])
+        forced = self._matcher.compute_ff_bytes()
+        return next((token_of[text] for text in reversed(texts) if forced.startswith(text)), None)
 
     def _compute(self, path: Tokens) -> bytes | None:
         if not self._go_to(path):

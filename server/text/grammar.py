@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper,
 
 MAX_GRAMMAR_CHARS = 512 * 1024
 LIMITS = LLParserLimits(max_grammar_size=12_000, verbose_errors=False)  # 0.1 s to compile, as measured on one core
-SEPARATORS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 Schema = dict[str, Any] | bool
@@ -25,8 +25,7 @@ Schema = dict[str, Any] | bool
 
 def of_schema(schema: Schema) -> str:
     """JSON that fits `schema`."""
-    grammar: str = LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), defaults=SEPARATORS)
-    return grammar
+    return f"start: {json_rule(schema)}"
 
 
 def of_regex(regex: str) -> str:
@@ -50,8 +49,8 @@ def json_rule(schema: Schema) -> str:
     """The right side of a Lark rule for JSON that fits `schema`."""
     if isinstance(schema, bool):
         return f"%json {json.dumps(schema)}"
-    own = schema.get("x-guidance", {})
-    options = SEPARATORS | own if isinstance(own, dict) else own
+    own = schema.get("x-guidance")
+    options = SEPARATORS | own if isinstance(own, dict) else SEPARATORS
     return f"%json {json.dumps({**schema, 'x-guidance': options}, ensure_ascii=False)}"
 
 

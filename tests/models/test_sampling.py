@@ -151,3 +151,25 @@ def test_frequencies_follow_the_distribution() -> None:
 def test_entropy_ignores_impossible_tokens() -> None:
     half = torch.tensor([[math.log(0.5), math.log(0.5), -math.inf]])
     assert float(sampling.entropy(half)) == pytest.approx(math.log(2))
+
+
+def mask_of(*tokens: int) -> bytes:
+    return sum(1 << token for token in tokens).to_bytes(5, "little")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_grammar_allows_what_it_allows_and_leaves_its_odds(name: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, VOCAB) * 2
+    masked = logits.clone()
+    masked[0, [token for token in range(VOCAB) if token not in (3, 4, 6, 7, 30)]] = -math.inf
+    plain, constrained = row(SETTINGS[name]), row(SETTINGS[name], grammar_mask=mask_of(3, 4, 6, 7, 30))
+    assert torch.equal(log_distribution(logits, [constrained]), log_distribution(masked, [plain]))
+    assert sample(logits, [constrained]).item() in (3, 4, 6, 7, 30)
+
+
+def test_where_a_grammar_allows_nothing_but_the_end_it_is_not_too_early() -> None:
+    early = SamplingParams(9, temperature=0, min_tokens=9)
+    logits = torch.zeros(2, VOCAB)
+    only_end, end_or_more = row(early, grammar_mask=mask_of(*EOS)), row(early, grammar_mask=mask_of(*EOS, 8))
+    assert sample(logits, [only_end, end_or_more]).tolist() == [0, 8]
