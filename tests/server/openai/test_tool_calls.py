@@ -62,7 +62,7 @@ async def test_no_call() -> None:
 
 
 async def test_a_cut_call_is_what_there_is() -> None:
-    found = await choice(engine_saying(CALL[: CALL.index("is\"")], finish="length"))
+    found = await choice(engine_saying(CALL[: CALL.index('is"')], finish="length"))
     assert found["finish_reason"] == "length"
     assert functions(found["message"]) == [("weather", '{"city": "Par')]
 
