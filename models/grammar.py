@@ -98,6 +98,15 @@ class GrammarState:
         """Is `path` the end: can nothing follow but the end of the sequence?"""
         return self._go_to(path) and self._matcher.is_stopped() and not self._matcher.is_error()
 
+    def until_complete(self, path: Tokens) -> Tokens:
+        """`path` up to the token that completes the grammar, if there is one in it."""
+        return next((path[:n] for n in range(1, len(path)) if self.is_complete(path[:n])), path)
+
+    def failure(self, path: Tokens) -> str | None:
+        """The first `error` on the way to the last token of `path`, where decoding one by one would have met it."""
+        errors = (self.error(path[:n]) for n in range(len(path)))
+        return next((error for error in errors if error is not None), None)
+
     def forced(self, path: Tokens) -> int | None:
         """The token that must follow `path`; None if there is a choice.
 

@@ -240,12 +240,12 @@ class Runner:
         self._hidden[request.id] = hidden[kept[-1]].clone()
         emitted = (*(work.node_tokens[node] for node in path), sampled[kept[-1]])
         state = self._grammar(request)
-        if state is not None and (error := _grammar_failure(state, emitted)) is not None:
-            return Outcome(error=error)
-        is_complete = False
+        if state is not None and (error := state.failure(emitted)) is not None:
+            return Outcome(error=f"The grammar could not be followed: {error}")
         if state is not None:
-            emitted, is_complete = _until_complete(state, emitted)
+            emitted = state.until_complete(emitted)
             path, kept = path[: len(emitted)], kept[: len(emitted)]
+        is_complete = state is not None and state.is_complete(emitted)
         count = request.submit.sampling.logprobs
         logprobs = () if count is None else _logprobs(logits[kept], emitted, count)
         return Outcome(emitted, path, logprobs, prompt_logprobs, is_complete)
@@ -283,20 +283,6 @@ def _is_constrained(request: Request) -> bool:
     """Decodes under a grammar, whose forced tokens need no heads."""
     decodes = request.num_remaining == 1 and request.num_computed >= request.num_prompt
     return decodes and request.submit.sampling.grammar is not None
-
-
-def _grammar_failure(state: GrammarState, emitted: tuple[int, ...]) -> str | None:
-    """Why a grammar could not be followed somewhere along `emitted`, as without a tree."""
-    errors = (state.error(emitted[:count]) for count in range(len(emitted)))
-    return next((f"The grammar could not be followed: {error}" for error in errors if error is not None), None)
-
-
-def _until_complete(state: GrammarState, emitted: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
-    """`emitted` up to the token that completes the grammar; is there one?"""
-    for count in range(1, len(emitted) + 1):
-        if state.is_complete(emitted[:count]):
-            return emitted[:count], True
-    return emitted, False
 
 
 def _wants_int8(config: EngineConfig, backbone: Backbone) -> bool:

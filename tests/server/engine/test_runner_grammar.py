@@ -51,10 +51,10 @@ CASES: dict[str, tuple[str, Callable[[str], object]]] = {
     "regex": (REGEX, re.compile("[a-f]{3,9}(name|count)!?").fullmatch),
     "choice": (CHOICE, ["red", "green", "redder", "grey"].__contains__),
 }
-GREEDY = SamplingParams(120, temperature=0)
-SAMPLED = SamplingParams(120, seed=3)
+GREEDY = SamplingParams(60, temperature=0)
+SAMPLED = SamplingParams(60, seed=3)
 SHAPED = SamplingParams(
-    120, temperature=0.8, top_p=0.9, top_k=40, seed=5, repetition_penalty=1.2, frequency_penalty=0.3, min_tokens=4
+    60, temperature=0.8, top_p=0.9, top_k=40, seed=5, repetition_penalty=1.2, frequency_penalty=0.3, min_tokens=4
 )
 
 
@@ -96,7 +96,7 @@ def test_text_is_valid_and_does_not_depend_on_the_tree_the_batch_or_preemption(
     assert outputs(grammar_engine(model, num_nodes=40), sampling, together=False) == plain
     assert outputs(grammar_engine(model, num_nodes=1), sampling) == plain
     assert outputs(grammar_engine(model, heads=False), sampling) == plain
-    assert outputs(grammar_engine(model, kv_cache_tokens=160, max_num_batched_rows=24), sampling) == plain
+    assert outputs(grammar_engine(model, kv_cache_tokens=100, max_num_batched_rows=24), sampling) == plain
     assert outputs(grammar_engine(model, speculative_disable_by_batch_size=1), sampling) == plain
 
 
@@ -110,7 +110,7 @@ def test_a_hundred_of_a_hundred_are_valid(model: LlamaForCausalLM, case: str) ->
 
 
 def test_a_small_pool_preempts_grammars_too(model: LlamaForCausalLM) -> None:
-    engine = grammar_engine(model, kv_cache_tokens=160, max_num_batched_rows=24)
+    engine = grammar_engine(model, kv_cache_tokens=100, max_num_batched_rows=24)
     jobs = [submit(str(i), prompt, replace(GREEDY, grammar=JSON)) for i, prompt in enumerate(PROMPTS)]
     ends = [deltas[-1].stats for deltas in run(engine, jobs).values()]
     assert sum(end.num_preemptions for end in ends if end) > 0
