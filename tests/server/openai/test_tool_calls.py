@@ -8,7 +8,10 @@ from typing import Any
 import httpx
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from scripted import EOS, ScriptedEngine, app_of, client_of, events, say
+from scripted import EOS, ScriptedEngine, app_of, byte_tokenizer, client_of, events, say
+
+from server.app import create_app
+from server.metrics import Metrics
 
 USER = {"role": "user", "content": "Hi"}
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -186,3 +189,11 @@ async def test_a_format_that_nobody_knows_is_refused() -> None:
     response = await post(engine_saying("ok"), template="{% if tools %}[TOOL_CALLS]{% endif %}")
     assert response.status_code == 400
     assert "--tool-call-parser" in response.json()["error"]["message"]
+
+
+async def test_the_format_can_be_set() -> None:
+    engine = engine_saying('{"name": "weather", "parameters": {"city": "Paris"}}')
+    app = create_app(engine, byte_tokenizer(), model_name="m", metrics=Metrics("m"), tool_call_parser="llama3_json")
+    async with client_of(app) as client:
+        response = await client.post("/v1/chat/completions", json={"messages": [USER], "tools": [WEATHER]})
+    assert functions(response.json()["choices"][0]["message"]) == [("weather", ARGUMENTS)]
