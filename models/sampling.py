@@ -15,14 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from models.grammar import unpack
 from models.masks import NEG_INF, Mask
 
 NO_TOKEN = -1
+Forbidden = np.ndarray[Any, np.dtype[np.bool_]]  # [vocab]
 NUM_CANDIDATES = 256  # rows whose truncated set is larger are processed again over the whole vocabulary
 
 
@@ -90,6 +93,7 @@ class Row:
     history: History | None = None  # present iff a penalty is set
     mask: Mask | None = None  # present iff tokens are forbidden
     said: tuple[int, ...] = ()  # the output above its path, as far back as `mask` looks
+    grammar_mask: bytes | None = None  # a bit for each token that the grammar allows here; see `grammar.unpack`
 
 
 def needs_history(params: Params) -> bool:
@@ -108,7 +112,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     if sampled:
         index = torch.tensor(sampled, device=logits.device)
         tokens[index] = _draw(logits[index], [rows[i] for i in sampled])
-    masked = [i for i, row in enumerate(rows) if row.mask is not None]
+    masked = [i for i, row in enumerate(rows) if row.mask is not None or row.grammar_mask is not None]
     if masked:
         index = torch.tensor(masked, device=logits.device)
         best = logits[index, tokens[index]]
@@ -134,7 +138,8 @@ def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 def _is_adjusted(row: Row) -> bool:
     too_early = row.num_output < row.params.min_tokens and bool(row.banned_early)
-    return too_early or bool(row.params.logit_bias) or row.history is not None or row.mask is not None
+    forbids = row.mask is not None or row.grammar_mask is not None
+    return too_early or forbids or bool(row.params.logit_bias) or row.history is not None
 
 
 def _adjust_row(logits: Tensor, row: Row) -> None:  # [vocab], in place
@@ -142,13 +147,32 @@ def _adjust_row(logits: Tensor, row: Row) -> None:  # [vocab], in place
     if row.mask is not None:
         logits += row.mask.always
         logits[row.mask.completing((*row.said, *row.path))] = NEG_INF
+    if row.grammar_mask is not None:
+        _forbid(logits, ~unpack(row.grammar_mask, len(logits)))
     if row.num_output < params.min_tokens and row.banned_early:
-        logits[list(row.banned_early)] = NEG_INF
+        _ban_early(logits, row)
     if params.logit_bias:
         ids = torch.tensor([token for token, _ in params.logit_bias], device=logits.device)
         logits[ids] += torch.tensor([bias for _, bias in params.logit_bias], device=logits.device)
     if row.history is not None:
         _penalise(logits, row.history, row)
+
+
+def _forbid(logits: Tensor, forbidden: Forbidden) -> None:  # [vocab], in place
+    """numpy on a CPU, for the same reason as in `_argmax`."""
+    if logits.device.type == "cpu":
+        logits.numpy()[forbidden] = NEG_INF
+    else:
+        logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), NEG_INF)
+
+
+def _ban_early(logits: Tensor, row: Row) -> None:  # [vocab], in place
+    """A grammar may allow nothing but the end; then that is not too early."""
+    banned = list(row.banned_early)
+    before = logits[banned]
+    logits[banned] = NEG_INF
+    if row.grammar_mask is not None and bool(logits.max() == NEG_INF):
+        logits[banned] = before
 
 
 def _penalise(logits: Tensor, history: History, row: Row) -> None:  # [vocab], in place

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 MAX_NODES = 63  # with the root 64 rows: an ancestor set fits into one 64-bit mask
 
-Source = Literal["heads", "ngram", "prediction"]  # who guessed
+Source = Literal["heads", "ngram", "prediction", "grammar"]  # who guessed
 Choice = tuple[int, ...]  # ranks from depth 1 on, as in Medusa's `medusa_choices`
 
 

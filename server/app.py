@@ -24,6 +24,7 @@ def create_app(
     metrics: Metrics,
     trust_request_chat_template: bool = False,
     options: DoorOptions | None = None,
+    tool_call_parser: str = "auto",
 ) -> FastAPI:
     """The application of one started engine. `metrics.on_step` and `on_restart` are the engine's own to call."""
 
@@ -41,6 +42,7 @@ def create_app(
         metrics,
         model_name,
         trust_request_chat_template=trust_request_chat_template,
+        tool_call_parser=tool_call_parser,
         admission=admission,
     )
     app = FastAPI(title="medusa-serve", version=__version__, lifespan=lifespan, responses=faults.DOCUMENTED)

@@ -157,6 +157,7 @@ def _build_app(
         metrics=metrics,
         trust_request_chat_template=settings.trust_request_chat_template,
         options=options,
+        tool_call_parser=settings.tool_call_parser,
     )
 
 

@@ -32,6 +32,7 @@ from server.options import DoorOptions, Limits
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "none"]
+ToolCallParser = Literal["auto", "hermes", "llama3_json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -124,6 +125,9 @@ class Settings(BaseSettings):
     ssl_certfile: Path | None = Field(None, description="PEM file with the certificate; makes it https")
     ssl_keyfile: Path | None = Field(None, description="PEM file with its key, unless that is in the certificate's")
     access_log: bool = Field(True, description="one line of JSON on stdout for each request")
+    tool_call_parser: ToolCallParser = Field(
+        "auto", description="how the model calls tools; by default as its template says"
+    )
     log_level: LogLevel = Field("info", description="how much is logged")
 
     @classmethod

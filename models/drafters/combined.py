@@ -1,6 +1,8 @@
 """All guesses for the requests of a step: copied tokens, and the heads' where those leave room, as one tree each.
 
 Invariant: the heads run once for all requests that ask them, and only for those.
+
+Under a grammar the tree is grown by `constrained`, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.constrained import grow
 from models.drafters.medusa import DraftRow, Heads, propose
 from models.drafters.resblock import DEFAULT_ACCURACIES, Accuracies
+from models.grammar import GrammarState
 from models.tree import Guess, draft_from_heads, merge
 
 
@@ -25,23 +29,39 @@ class Wish:
     copied: Sequence[Guess]
     row: DraftRow
     hidden: Tensor | None  # [hidden] of the last accepted row; without it the heads cannot guess
+    grammar: GrammarState | None = None
+    num_forced: int = 0  # nodes besides, for tokens that the grammar forces
 
 
 def combine(heads: Heads | None, wishes: Sequence[Wish]) -> list[list[Guess]]:
     """The best guesses for each wish, best by value."""
     if heads is None:
-        return [merge([wish.copied], wish.num_nodes) for wish in wishes]
+        return [_tree(wish, (), []) for wish in wishes]
     accuracies = (heads.accuracies or DEFAULT_ACCURACIES)[: heads.num_heads]
     asking = [i for i, wish in enumerate(wishes) if _leaves_room(wish, accuracies[0][0])]
     ranked = dict(zip(asking, _candidates(heads, accuracies, [wishes[i] for i in asking]), strict=True))
-    return [
-        merge([wish.copied, _from_heads(accuracies, ranked[i], wish) if i in ranked else []], wish.num_nodes)
-        for i, wish in enumerate(wishes)
-    ]
+    return [_tree(wish, accuracies, ranked.get(i, [])) for i, wish in enumerate(wishes)]
+
+
+def _tree(wish: Wish, accuracies: Accuracies, ranked: Sequence[Sequence[int]]) -> list[Guess]:
+    """`ranked`: the heads' candidates by depth and rank; none if they were not asked."""
+    if wish.grammar is not None:
+        return grow(
+            wish.grammar,
+            ranked,
+            accuracies,
+            num_guesses=wish.num_nodes,
+            num_forced=wish.num_forced,
+            max_depth=wish.max_depth,
+        )
+    from_heads = _from_heads(accuracies, ranked, wish) if ranked else []
+    return merge([wish.copied, from_heads], wish.num_nodes)
 
 
 def _leaves_room(wish: Wish, value: float) -> bool:
     """Would a guess of the heads, of this value and unlike the copied ones, be among the nodes?"""
+    if wish.num_nodes == 0:
+        return False
     if wish.hidden is None or len(wish.copied) < wish.num_nodes:
         return wish.hidden is not None
     best = Guess(-1, -1, value, "heads")

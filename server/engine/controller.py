@@ -13,6 +13,7 @@ from server.engine.request import Request
 
 MAX_NODES = 63  # with the root 64 rows
 SURE = 0.7  # a copy as likely as this pays in a crowd too
+MAX_FORCED = 15  # tokens that a grammar forces, per step: more of them pay as well, but rarely come together
 
 
 class Controller:
@@ -41,6 +42,12 @@ class Controller:
             left -= allotted[i]
         return allotted
 
+    def allot_forced(self, requests: Sequence[Request], num_nodes: Sequence[int], row_budget: int) -> list[int]:
+        """Nodes besides `num_nodes` for tokens that a grammar forces. They are right, so a crowd changes nothing."""
+        wanted = [_wanted_forced(request, nodes) for request, nodes in zip(requests, num_nodes, strict=True)]
+        share = max(row_budget, 0) // max(sum(count > 0 for count in wanted), 1)
+        return [min(count, share) for count in wanted]
+
     def _wanted(self, request: Request, copied: Sequence[float], is_crowded: bool) -> int:
         speculation = request.submit.speculation
         if speculation.mode == "off":
@@ -54,3 +61,10 @@ class Controller:
         if is_crowded:
             return sum(value >= SURE for value in copied)
         return max(self.num_nodes, len(copied))
+
+
+def _wanted_forced(request: Request, num_nodes: int) -> int:
+    if request.submit.sampling.grammar is None or request.submit.speculation.mode == "off":
+        return 0
+    limit = request.submit.speculation.max_nodes
+    return min(MAX_FORCED, (MAX_NODES if limit is None else limit) - num_nodes)

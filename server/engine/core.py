@@ -38,14 +38,17 @@ class ModelRunner(Protocol):
 
     info: ModelInfo
 
+    def refusal(self, submit: Submit) -> str | None:
+        """Why the model cannot serve this request, a sentence; None if it can."""
+
     def can_draft(self, request: Request) -> bool:
         """Is there anything to draft from, and a token that could still be emitted?"""
 
     def copied_values(self, request: Request) -> Sequence[float]:
         """Of each token that could be copied: the probability that it and those before it are right."""
 
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[Draft]:
-        """A tree of at most so many nodes for each request, no deeper than the request can still use."""
+    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int], num_forced: Sequence[int]) -> list[Draft]:
+        """A tree for each request, no deeper than it can still use: at most so many guesses and forced tokens."""
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:
         """One forward pass and its verification, in order."""
@@ -154,7 +157,7 @@ class Engine:
             )
         if not all(0 <= token < info.vocab_size for token in (*submit.prompt, *submit.prediction)):
             return f"A token sent is outside the vocabulary of {info.vocab_size}: check the tokenizer in use."
-        return None
+        return self.runner.refusal(submit)
 
     def _rows_for_trees(self) -> int:
         """Rows that prompts must not take from the trees of those who decode: at most half of a step."""
@@ -171,9 +174,16 @@ class Engine:
         """Draft for decoding requests and hang the trees below their roots."""
         drafting = [work for work in works if work.reaches_end and self.runner.can_draft(work.request)]
         requests = [work.request for work in drafting]
-        num_nodes = self._allot(requests, self.scheduler.rows_left)
-        chosen = [i for i, nodes in enumerate(num_nodes) if nodes > 0]
-        drafts = self._timed(self.runner.draft, [requests[i] for i in chosen], [num_nodes[i] for i in chosen])
+        rows_left = self.scheduler.rows_left
+        num_nodes = self._allot(requests, rows_left)
+        num_forced = self._controller.allot_forced(requests, num_nodes, rows_left - sum(num_nodes))
+        chosen = [i for i in range(len(requests)) if num_nodes[i] + num_forced[i] > 0]
+        drafts = self._timed(
+            self.runner.draft,
+            [requests[i] for i in chosen],
+            [num_nodes[i] for i in chosen],
+            [num_forced[i] for i in chosen],
+        )
         for i, draft in zip(chosen, drafts, strict=True):
             self.scheduler.place(drafting[i], draft)
 
@@ -186,9 +196,13 @@ class Engine:
             return None
         if request.first_token_time is None:
             request.first_token_time = self._clock()
+        if outcome.error is not None:
+            return self._end(request, Delta(request.id, error=outcome.error), "error")
         tokens, finish = self._append(request, outcome.token_ids)
-        stop_token_id = tokens[-1] if finish == "stop" else None
-        if finish is None and outcome.is_over:
+        is_complete = outcome.is_complete and len(tokens) == len(outcome.token_ids)
+        is_stopped = finish == "stop" or (is_complete and tokens[-1] in self._eos)
+        stop_token_id = tokens[-1] if is_stopped else None
+        if is_complete or (finish is None and outcome.is_over):
             finish = "stop"
         work.accepted = outcome.path[: len(tokens)]  # what lies beyond the end was of no use
         work.count_speculation()

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Final, Literal
 
 SpeculationMode = Literal["lossless", "typical", "off"]
 FinishReason = Literal["stop", "length", "abort", "error"]
-DraftSource = Literal["heads", "ngram", "prediction"]
-DRAFT_SOURCES: Final[tuple[DraftSource, ...]] = ("heads", "ngram", "prediction")
+DraftSource = Literal["heads", "ngram", "prediction", "grammar"]
+DRAFT_SOURCES: Final[tuple[DraftSource, ...]] = ("heads", "ngram", "prediction", "grammar")
 
 
 class _Compact:
@@ -57,6 +57,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for prompt tokens
     allowed_token_ids: tuple[int, ...] | None = None  # all others are impossible; None is off
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output never contains
+    grammar: str | None = None  # what the output must follow, as llguidance takes it: Lark or JSON
 
 
 @dataclass(frozen=True, slots=True)

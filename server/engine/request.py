@@ -188,3 +188,5 @@ class Outcome:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens after each chain row, as far as known
     is_over: bool = False  # nothing may follow: there is no bonus token
+    is_complete: bool = False  # the last of token_ids completes the request's grammar
+    error: str | None = None  # why the request cannot go on, a sentence

@@ -26,6 +26,7 @@ from models.drafters.copied import Copies, NgramOptions
 from models.drafters.medusa import DraftRow, Heads
 from models.drafters.packed import PackedHeads
 from models.drafters.resblock import ResBlockHeads
+from models.grammar import GrammarError, Grammars, GrammarState
 from models.kernels.build import KernelError
 from models.kernels.cpu import kernels, take_seconds
 from models.kv_pool import KVPool
@@ -33,7 +34,7 @@ from models.masks import Mask
 from models.probe import BackboneError
 from models.sampling import History, Row
 from models.tree import Guess, Tree
-from server.engine.messages import EngineConfig, ModelInfo, TokenLogprobs
+from server.engine.messages import EngineConfig, ModelInfo, Submit, TokenLogprobs
 from server.engine.request import Draft, Outcome, Request, Work
 from server.engine.scores import score
 from server.errors import StartupError
@@ -67,6 +68,8 @@ class Runner:
         self._masks: dict[str, Mask] = {}
         self._copies: dict[str, Copies] = {}
         self._ngram = NgramOptions(config.ngram_min, config.ngram_max, config.ngram_max_nodes) if config.ngram else None
+        self.grammars = Grammars(Path(config.model) / "tokenizer.json", backbone.eos_token_ids)
+        self._grammar_states: dict[str, GrammarState] = {}
 
     @classmethod
     def load(cls, config: EngineConfig) -> Runner:
@@ -89,8 +92,18 @@ class Runner:
             raise StartupError(str(error)) from error
         return cls(backbone, heads, config)
 
+    def refusal(self, submit: Submit) -> str | None:
+        """Why this request cannot run: its grammar does not compile. What compiles stays compiled for a while."""
+        if submit.sampling.grammar is not None:
+            try:
+                self.grammars.start(submit.sampling.grammar)
+            except GrammarError as error:
+                return str(error)
+        return None
+
     def can_draft(self, request: Request) -> bool:
-        return self._max_depth(request) > 0 and (request.id in self._hidden or bool(self._copied(request)))
+        has_source = self._has_heads(request) or bool(self._copied(request)) or _is_constrained(request)
+        return self._max_depth(request) > 0 and has_source
 
     def copied_values(self, request: Request) -> list[float]:
         return [guess.value for guess in self._copied(request)]
@@ -104,24 +117,30 @@ class Runner:
         self._histories.pop(request.id, None)
         self._masks.pop(request.id, None)
         self._copies.pop(request.id, None)
+        self._grammar_states.pop(request.id, None)
 
     @torch.inference_mode()
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[Draft]:
-        """The best tree of so many nodes for each request, of copied tokens and of the heads' where they leave room."""
-        wishes = [self._wish(request, count) for request, count in zip(requests, num_nodes, strict=True)]
-        return [
-            _draft(guesses, self._copies[request.id].prediction_start)
-            for request, guesses in zip(requests, combine(self.heads, wishes), strict=True)
-        ]
+    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int], num_forced: Sequence[int]) -> list[Draft]:
+        """The best tree of so many nodes for each request, of copied tokens and of the heads' where they leave room.
 
-    def _wish(self, request: Request, num_nodes: int) -> Wish:
+        Under a grammar: of what it forces, and of the heads' guesses that it allows.
+        """
+        wishes = list(map(self._wish, requests, num_nodes, num_forced))
+        starts = [self._copies[r.id].prediction_start if r.id in self._copies else 0 for r in requests]
+        return list(map(_draft, combine(self.heads, wishes), starts))
+
+    def _wish(self, request: Request, num_nodes: int, num_forced: int) -> Wish:
         row = DraftRow(request.submit.sampling, len(request.tokens), self._mask(request))
-        return Wish(num_nodes, self._max_depth(request), self._copied(request), row, self._hidden.get(request.id))
+        hidden, grammar = self._hidden.get(request.id), self._grammar(request)
+        return Wish(num_nodes, self._max_depth(request), self._copied(request), row, hidden, grammar, num_forced)
+
+    def _has_heads(self, request: Request) -> bool:
+        return self.heads is not None and request.id in self._hidden
 
     def _copied(self, request: Request) -> list[Guess]:
-        """What can be copied below the request's root."""
+        """What can be copied below the request's root. Under a grammar nothing is: its own tokens are surer."""
         submit = request.submit
-        if submit.speculation.mode == "off":
+        if submit.speculation.mode == "off" or submit.sampling.grammar is not None:
             return []
         copies = self._copies.get(request.id)
         if copies is None:
@@ -187,6 +206,7 @@ class Runner:
         )
         banned = (*self.backbone.eos_token_ids, *params.stop_token_ids)
         paths = [(), *(tuple(tree.tokens[i] for i in tree.path(node)) for node in range(len(tree)))]
+        grammar_masks = self._grammar_masks(request, paths)
         return [
             Row(
                 params,
@@ -197,9 +217,25 @@ class Runner:
                 history,
                 mask,
                 said,
+                grammar_mask,
             )
-            for path in paths
+            for path, grammar_mask in zip(paths, grammar_masks, strict=True)
         ]
+
+    def _grammar_masks(self, request: Request, paths: Sequence[tuple[int, ...]]) -> list[bytes | None]:
+        state = self._grammar(request)
+        return [None if state is None else state.mask(path) for path in paths]
+
+    def _grammar(self, request: Request) -> GrammarState | None:
+        """Where the request's output stands in its grammar. After a preemption it is read again."""
+        grammar = request.submit.sampling.grammar
+        if grammar is None:
+            return None
+        state = self._grammar_states.get(request.id)
+        if state is None:
+            state = self._grammar_states[request.id] = self.grammars.start(grammar)
+        state.advance(request.tokens[request.num_prompt :])
+        return state
 
     def _history(self, request: Request) -> History | None:
         if not sampling.needs_history(request.submit.sampling):
@@ -233,12 +269,20 @@ class Runner:
         path = self._accept(work, rows, sampled, logits)
         kept = [0, *(node + 1 for node in path)]
         self._hidden[request.id] = hidden[kept[-1]]
-        bonus = sampled[kept[-1]]
+        nodes, bonus = tuple([work.node_tokens[node] for node in path]), sampled[kept[-1]]
         is_over = bonus == sampling.NO_TOKEN
-        emitted = (*(work.node_tokens[node] for node in path), *([] if is_over else [bonus]))
+        emitted = nodes if is_over else (*nodes, bonus)
+        state = self._grammar(request)
+        is_complete = False
+        if state is not None:
+            if (error := state.failure((*nodes, bonus))) is not None:
+                return Outcome(error=f"The grammar could not be followed: {error}")
+            emitted = state.until_complete(emitted)
+            path, kept = path[: len(emitted)], kept[: len(emitted)]
+            is_complete = bool(emitted) and state.is_complete(emitted)
         count = request.submit.sampling.logprobs
         logprobs = () if count is None else score(logits[kept[: len(emitted)]], emitted, count)
-        return Outcome(emitted, path, logprobs, prompt_logprobs, is_over)
+        return Outcome(emitted, path, logprobs, prompt_logprobs, is_over, is_complete)
 
     def _accept(self, work: Work, rows: Sequence[Row], sampled: Sequence[int], logits: Tensor) -> tuple[int, ...]:
         """The surviving nodes, by the request's own rule."""
@@ -267,6 +311,12 @@ class Runner:
     def _max_depth(self, request: Request) -> int:
         """Nodes deeper than this could not be emitted, and might lie beyond the model's context."""
         return request.submit.sampling.max_tokens - request.num_output - 1
+
+
+def _is_constrained(request: Request) -> bool:
+    """Decodes under a grammar, whose forced tokens need no heads."""
+    decodes = request.num_remaining == 1 and request.num_computed >= request.num_prompt
+    return decodes and request.submit.sampling.grammar is not None
 
 
 def _wants_int8(config: EngineConfig, backbone: Backbone) -> bool:

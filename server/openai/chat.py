@@ -19,9 +19,11 @@ from server.openai.logprobs import chat_logprobs, prompt_logprobs
 from server.openai.pages import END, streamed
 from server.openai.params import build_submits, check_stream_options
 from server.openai.reply import Reply
-from server.openai.schema import ChatRequest, Message
+from server.openai.schema import ChatRequest
 from server.openai.service import Service, ServiceDep
+from server.openai.tools import call_deltas, plan, turn, whole_calls
 from server.text.prompt import Tokenizer
+from server.text.tools import ToolFormat
 
 router = APIRouter(tags=["generation"])
 
@@ -40,7 +42,8 @@ async def create_chat_completion(request: ChatRequest, http: Request, service: S
     reply_id = f"chatcmpl-{uuid.uuid4().hex}"
     prepared = await service.threads.run(prepare, request, service, reply_id)
     generation = generate(request, service, prepared, arrival)
-    shape = ChatShape(service.tokenizer, has_logprobs=request.logprobs)
+    has_tools = prepared.format is not None
+    shape = ChatShape(service.tokenizer, has_logprobs=request.logprobs, has_tools=has_tools)
     extra = partial(_extra, request, service.tokenizer, prepared.submits[0].prompt)
     return await Reply(reply_id, service.model_name, generation, shape, extra=extra).respond(http, request)
 
@@ -57,15 +60,17 @@ def _check(request: ChatRequest) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A checked request: what the engine is asked for, and what every choice says first."""
+    """A checked request: what the engine is asked for, what every choice says first, and how calls are to be read."""
 
     submits: list[Submit]
     echo: str
+    format: ToolFormat | None
 
 
 def prepare(request: ChatRequest, service: Service, reply_id: str) -> Prepared:
     """Raises InvalidRequestError and ContextLengthError."""
     _check_template(request, service)
+    planned = plan(request, service)
     prompt = service.tokenizer.chat_prompt(
         [turn(message) for message in request.messages],
         add_generation_prompt=request.add_generation_prompt,
@@ -73,6 +78,7 @@ def prepare(request: ChatRequest, service: Service, reply_id: str) -> Prepared:
         template_kwargs=(request.chat_template_kwargs or {}) | _variables(request),
         template=request.chat_template,
         add_special_tokens=request.add_special_tokens,
+        tools=planned.tools,
     )
     submits = build_submits(
         request,
@@ -84,10 +90,11 @@ def prepare(request: ChatRequest, service: Service, reply_id: str) -> Prepared:
         max_tokens=request.max_completion_tokens or request.max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prediction=_prediction(request, service.tokenizer),
+        grammar=planned.grammar,
     )
     last = request.messages[-1]
     continues = last.role == "assistant" or request.continue_final_message
-    return Prepared(submits, (last.content or "") if request.echo and continues else "")
+    return Prepared(submits, (last.content or "") if request.echo and continues else "", planned.format)
 
 
 def _check_template(request: ChatRequest, service: Service) -> None:
@@ -132,20 +139,15 @@ def _prediction(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:
 def generate(request: ChatRequest, service: Service, prepared: Prepared, arrival: float) -> Generation:
     """The submits at the engine, as text."""
     service.metrics.params_n.observe(request.n)
+    format = prepared.format
     options = TextOptions(
         tuple(request.stop),
         request.include_stop_str_in_output,
-        request.skip_special_tokens,
+        request.skip_special_tokens and format is None,  # the tags of calls may be special tokens
         token_ids=request.return_token_ids,
+        parser=None if format is None else format.parser,
     )
     return Generation(service, prepared.submits, options, arrival, [prepared.echo] * len(prepared.submits))
-
-
-def turn(message: Message) -> dict[str, Any]:
-    """A message as chat templates know it."""
-    role = "system" if message.role == "developer" else message.role
-    turn = {"role": role, "content": message.content}
-    return turn if message.name is None else {**turn, "name": message.name}
 
 
 class ChatShape:
@@ -154,22 +156,27 @@ class ChatShape:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, *, has_logprobs: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, has_logprobs: bool, has_tools: bool = False) -> None:
         self._tokenizer = tokenizer
         self._has_logprobs = has_logprobs
+        self._has_tools = has_tools
 
     def opening(self, index: int) -> dict[str, Any]:
         """Who speaks."""
-        delta = {"role": "assistant", "content": "", "refusal": None}
+        delta = {"role": "assistant", "content": None if self._has_tools else "", "refusal": None}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """What is said next."""
-        return {"index": piece.index, "delta": {"content": piece.text} if piece.text else {}, **self._rest(piece)}
+        content = {"content": piece.text} if piece.text else {}
+        calls = {"tool_calls": call_deltas(piece.calls)} if piece.calls else {}
+        return {"index": piece.index, "delta": content | calls, **self._rest(piece)}
 
     def choice(self, piece: Piece) -> dict[str, Any]:
         """All that was said."""
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        content = (piece.text or None) if self._has_tools else piece.text
+        calls = {"tool_calls": whole_calls(piece.calls)} if piece.calls else {}
+        message = {"role": "assistant", "content": content, "refusal": None} | calls
         return {"index": piece.index, "message": message, **self._rest(piece)}
 
     def _rest(self, piece: Piece) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from server.openai.params import build_submits, check_stream_options, check_toke
 from server.openai.reply import Reply
 from server.openai.schema import CompletionRequest
 from server.openai.service import Service, ServiceDep
+from server.openai.structured import checked_grammar
 from server.text.prompt import Tokenizer
 
 MAX_TOTAL_CHOICES = 1024
@@ -85,6 +86,7 @@ def _prepare(request: CompletionRequest, service: Service, reply_id: str) -> tup
         logprobs=0 if request.logprobs is None and num_choices > request.n else request.logprobs,
         prompt_logprobs=request.logprobs if request.echo else None,
         num_choices=num_choices,
+        grammar=checked_grammar(request, service.tokenizer),
     )
     if not request.echo:
         return submits, [""] * len(submits)

@@ -11,7 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,6 +21,7 @@ from server.engine.messages import Delta, FinishReason, RequestStats, Submit, To
 from server.errors import EngineDeadError, MedusaError
 from server.metrics import RequestTimer
 from server.openai.service import Service
+from server.text.calls import CallDelta, CallParser
 from server.text.detokenizer import Detokenizer
 
 Scored = tuple[int, TokenLogprobs | None]  # a token and its log-probabilities; the first prompt token has none
@@ -35,6 +36,7 @@ class TextOptions:
     skip_special_tokens: bool = True
     scores_prompt: bool = False  # the prompt's log-probabilities come before the tokens' own
     token_ids: bool = False  # pieces tell their token ids
+    parser: Callable[[], CallParser] | None = None  # finds tool calls
 
 
 @dataclass(slots=True)
@@ -44,15 +46,16 @@ class Piece:
     index: int
     text: str
     tokens: tuple[Scored, ...] = ()
-    finish: Literal["stop", "length"] | None = None
+    finish: Literal["stop", "length", "tool_calls"] | None = None
     stop_reason: str | int | None = None
     token_ids: tuple[int, ...] | None = None  # if asked for
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # if asked for; once
+    calls: tuple[CallDelta, ...] = ()
 
     @property
     def is_text(self) -> bool:
         """Is there nothing else to say?"""
-        return self.finish is None and not self.tokens and self.token_ids is None
+        return self.finish is None and not (self.tokens or self.calls) and self.token_ids is None
 
 
 class Choice:
@@ -88,6 +91,8 @@ class Choice:
         self._token_ids: list[int] = []
         self._prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self._logprob = 0.0  # of all tokens so far
+        self._parser = options.parser() if options.parser is not None else None
+        self._calls: list[CallDelta] = []
         self._end: FinishReason = "abort"
 
     @property
@@ -130,7 +135,7 @@ class Choice:
         text, count = self._detokenize(delta)
         self._timer.tokens(count)
         self.num_tokens += count
-        self._text += text
+        self._text += self._parse(text, is_end=delta.finish is not None or self._detokenizer.stopped is not None)
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs = delta.prompt_logprobs
             if self._options.scores_prompt:
@@ -152,15 +157,33 @@ class Choice:
             return text, self._detokenizer.num_tokens - before
         return text, len(delta.token_ids)
 
+    def _parse(self, text: str, *, is_end: bool) -> str:
+        """The content of `text`; the calls in it are kept beside."""
+        if self._parser is None:
+            return text
+        parts = [self._parser.push(text), *([self._parser.finish()] if is_end else [])]
+        self._calls += [call for part in parts for call in part.calls]
+        return "".join(part.content for part in parts)
+
     def _show(self, delta: Delta) -> Piece | None:
         finish, reason = self._finish(delta)
-        if not self._text and finish is None:
+        if not self._text and not self._calls and finish is None:
             return None
         if finish is not None:
             self._end = finish
         token_ids = tuple(self._token_ids) if self._options.token_ids else None
-        piece = Piece(self.index, self._text, tuple(self._tokens), finish, reason, token_ids, self._prompt_logprobs)
-        self._text, self._tokens, self._token_ids, self._prompt_logprobs = "", [], [], None
+        has_called = finish == "stop" and self._parser is not None and self._parser.num_calls > 0
+        piece = Piece(
+            self.index,
+            self._text,
+            tuple(self._tokens),
+            "tool_calls" if has_called else finish,
+            reason,
+            token_ids,
+            self._prompt_logprobs,
+            tuple(self._calls),
+        )
+        self._text, self._tokens, self._token_ids, self._prompt_logprobs, self._calls = "", [], [], None, []
         return piece
 
     def _finish(self, delta: Delta) -> tuple[Literal["stop", "length"] | None, str | int | None]:
@@ -222,6 +245,7 @@ def join(parts: Sequence[Piece]) -> Piece:
         tokens=tokens,
         token_ids=tuple(id for part in parts for id in part.token_ids or ()) if has_ids else None,
         prompt_logprobs=parts[0].prompt_logprobs,
+        calls=tuple(call for part in parts for call in part.calls),
     )
 
 

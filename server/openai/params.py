@@ -37,6 +37,7 @@ def build_submits(
     prompt_logprobs: int | None = None,
     num_choices: int | None = None,
     prediction: Sequence[int] = (),
+    grammar: str | None = None,
 ) -> list[Submit]:
     """`num_choices` or else `n` submits for each prompt, in the order of their index.
 
@@ -45,7 +46,10 @@ def build_submits(
     """
     counts = [count for count in (prompt_logprobs, request.prompt_logprobs) if count is not None]
     same = replace(
-        _sampling_params(request, info, tokenizer), logprobs=logprobs, prompt_logprobs=max(counts, default=None)
+        _sampling_params(request, info, tokenizer),
+        logprobs=logprobs,
+        prompt_logprobs=max(counts, default=None),
+        grammar=grammar,
     )
     speculation = speculation_params(request.speculation)
     predicted = tuple(prediction[: info.max_model_len])

@@ -102,7 +102,10 @@ class TextConfig(Body):
     """What the text must look like."""
 
     format: dict[str, Any] = Field(
-        default={"type": "text"}, description='`{"type": "text"}`, the default.', examples=[{"type": "text"}]
+        default={"type": "text"},
+        description='`{"type": "text"}`, the default, `{"type": "json_object"}`, or '
+        '`{"type": "json_schema", "name": ..., "schema": {...}}`.',
+        examples=[{"type": "text"}],
     )
     verbosity: Literal["medium"] | None = Field(default=None, description="Only the default, `medium`.")
 

@@ -14,6 +14,7 @@ from server.engine.messages import Delta, ModelInfo, Submit
 from server.errors import EngineDeadError, ModelNotFoundError
 from server.metrics import Metrics
 from server.text.prompt import Tokenizer
+from server.text.tools import FORMATS, ToolFormat, detect
 from server.threads import Threads
 
 Status = Literal["starting", "ready", "restarting", "dead"]
@@ -47,6 +48,14 @@ class Service:
     admission: Admission = field(default_factory=Admission)
     threads: Threads = field(default_factory=Threads)
     created: int = field(default_factory=lambda: int(time.time()))
+    tool_call_parser: str = "auto"
+
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model calls tools; None if nobody knows."""
+        if self.tool_call_parser == "auto":
+            return detect(self.tokenizer.template or "")
+        return FORMATS[self.tool_call_parser]
 
     def check_ready(self) -> None:
         """Raises ShuttingDownError or EngineDeadError unless requests are taken."""

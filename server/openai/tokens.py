@@ -11,10 +11,10 @@ from fastapi import APIRouter
 from pydantic import ConfigDict, Field, model_validator
 
 from server.openai.answers import DetokenizeAnswer, TokenizeAnswer
-from server.openai.chat import turn
 from server.openai.params import check_token_ids
 from server.openai.schema import Message, RequestBody
 from server.openai.service import Service, ServiceDep
+from server.openai.tools import turn
 
 router = APIRouter(tags=["tokens"])
 

@@ -21,8 +21,10 @@ from jinja2 import Environment, TemplateError, meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from server.errors import InvalidRequestError, StartupError
+from server.text.grammar import GrammarChecker
+from server.text.tools import generic_messages, knows_tools
 
-_OURS = {"messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message"}
+_OURS = {"messages", "tools", "conversations", "chat_template", "add_generation_prompt", "continue_final_message"}
 
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
@@ -36,9 +38,10 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
-        self._template = template
+        self.template = template
         self._special = special or {}
         added = backend.get_added_tokens_decoder()
+        self.added_tokens = frozenset(token.content for token in added.values())
         self._special_ids = frozenset(id for id, token in added.items() if token.special)
         self._decoder_types = frozenset(_decoder_types(json.loads(backend.to_str())["decoder"]))
         self._bytes: Callable[[int], bytes] = cache(self._token_bytes)
@@ -62,6 +65,16 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Tokens with a text, added ones included. The model's own vocabulary may be padded beyond it."""
         return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def grammar_checker(self) -> GrammarChecker:
+        """Judges grammars over this tokenizer."""
+        return GrammarChecker(sorted(self.added_tokens))
+
+    @cached_property
+    def template_lacks_tools(self) -> bool:
+        """Does the chat template show neither tools nor calls?"""
+        return self.template is not None and not knows_tools(self.template)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` what the model expects around it, such as `<s>`."""
@@ -91,7 +104,7 @@ class Tokenizer:
     @property
     def has_template(self) -> bool:
         """Whether the model is a chat model."""
-        return self._template is not None
+        return self.template is not None
 
     def token_name(self, id: int) -> str:
         """The token as the vocabulary has it; empty if there is no such id."""
@@ -110,13 +123,15 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
         template: str | None = None,
     ) -> str:
         """A conversation as text, special tokens included, by the model's chat template or the one given.
 
-        Raises InvalidRequestError if there is no template, or if the template refuses these messages.
+        What a template cannot say of tools is said in texts. Raises InvalidRequestError if there is no template, or if
+        the template refuses these messages.
         """
-        template = template or self._template
+        template = template or self.template
         if template is None:
             raise InvalidRequestError(
                 "This model has no chat template: use /v1/completions, or put a chat_template.jinja into its folder."
@@ -126,10 +141,13 @@ class Tokenizer:
         extra = template_kwargs or {}
         if taken := sorted(_OURS & extra.keys()):
             raise InvalidRequestError(f"chat_template_kwargs must not set {', '.join(taken)}.")
+        if not knows_tools(template):
+            messages, tools = generic_messages(messages, tools or []), None
         try:
             rendered, _ = render_jinja_template(
                 [messages],
                 chat_template=template,
+                tools=tools or None,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 **(self._special | extra),
@@ -141,7 +159,7 @@ class Tokenizer:
 
     def template_variables(self, template: str | None = None) -> frozenset[str]:
         """Names that the model's chat template, or the one given, expects to be told. Empty if it cannot be read."""
-        return _variables(template or self._template or "")
+        return _variables(template or self.template or "")
 
     def _token_bytes(self, id: int) -> bytes:
         token = self._backend.id_to_token(id)

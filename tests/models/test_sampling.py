@@ -167,3 +167,25 @@ def test_where_everything_is_forbidden_no_token_is_drawn(params: SamplingParams)
     """Only the rows concerned: `7 7` is forbidden after 7, and nothing but 7 is allowed."""
     params = replace(params, allowed_token_ids=(7,), bad_words=((7, 7),))
     assert sample(logits(2), [row(params, (9,)), row(params)]).tolist() == [7, NO_TOKEN]
+
+
+def mask_of(*tokens: int) -> bytes:
+    return sum(1 << token for token in tokens).to_bytes(5, "little")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_grammar_allows_what_it_allows_and_leaves_its_odds(name: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, VOCAB) * 2
+    masked = logits.clone()
+    masked[0, [token for token in range(VOCAB) if token not in (3, 4, 6, 7, 30)]] = -math.inf
+    plain, constrained = row(SETTINGS[name]), row(SETTINGS[name], grammar_mask=mask_of(3, 4, 6, 7, 30))
+    assert torch.equal(log_distribution(logits, [constrained]), log_distribution(masked, [plain]))
+    assert sample(logits, [constrained]).item() in (3, 4, 6, 7, 30)
+
+
+def test_where_a_grammar_allows_nothing_but_the_end_it_is_not_too_early() -> None:
+    early = SamplingParams(9, temperature=0, min_tokens=9)
+    logits = torch.zeros(2, VOCAB)
+    only_end, end_or_more = row(early, grammar_mask=mask_of(*EOS)), row(early, grammar_mask=mask_of(*EOS, 8))
+    assert sample(logits, [only_end, end_or_more]).tolist() == [0, 8]

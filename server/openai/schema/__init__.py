@@ -8,6 +8,7 @@ Invariants:
 `TOLERATED` are OpenAI's bookkeeping fields: they name the caller and have no effect on the answer, there or here.
 """
 
+from server.openai.schema.body import Body
 from server.openai.schema.chat import ChatRequest, Message
 from server.openai.schema.common import (
     MAX_BAD_WORDS,
@@ -16,7 +17,6 @@ from server.openai.schema.common import (
     MAX_STOPS,
     MAX_TREE_NODES,
     TOLERATED,
-    Body,
     GenerationRequest,
     RequestBody,
     SpeculationOptions,

@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from server.openai.schema.common import MAX_LOGPROBS, Body, GenerationRequest, refused
+from server.openai.schema.body import Body
+from server.openai.schema.common import MAX_LOGPROBS, GenerationRequest, refused
+from server.openai.schema.tools import MAX_TOOLS, Tool, ToolCall, ToolChoice
 
 
 def _text(value: Any) -> Any:
@@ -21,20 +23,26 @@ def _text(value: Any) -> Any:
     return "\n".join(part["text"] for part in value)
 
 
-def _no_tools(value: list[Any]) -> list[Any]:
+def _no_functions(value: list[Any]) -> list[Any]:
     if value:
-        raise ValueError("tool calling is not supported; leave it out")
+        raise ValueError("functions is the old name of tools; send tools and tool_choice")
     return value
 
 
 class Message(Body):
     """One turn of a chat. `developer` is OpenAI's newer name for `system`."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
-    content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, str]])] = Field(
-        description="What is said: a text, or parts of type text, which are joined by line breaks."
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks.")
+    content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, str]])] | None = Field(
+        default=None,
+        description="What is said: a text, or parts of type text, which are joined by line breaks. Only an assistant's "
+        "message with tool_calls needs none.",
     )
     name: str | None = Field(default=None, description="The speaker's name, handed to the chat template.")
+    tool_calls: list[ToolCall] = Field(
+        default_factory=list, description="Of an assistant: the calls that it asked for. Default: none."
+    )
+    tool_call_id: str | None = Field(default=None, description="Of a tool: the call whose result this is.")
 
     @model_validator(mode="before")
     @classmethod
@@ -44,6 +52,16 @@ class Message(Body):
             return data
         empty = ("refusal", "annotations", "audio", "function_call", "tool_calls")
         return {key: value for key, value in data.items() if value or key not in empty}
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing; only an assistant's message with tool_calls needs none")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError('tool_calls belong to the role "assistant"')
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError('tool_call_id goes with the role "tool", and with no other')
+        return self
 
 
 class Prediction(Body):
@@ -107,11 +125,19 @@ class ChatRequest(GenerationRequest):
         default=None,
         description="Text that the answer will repeat in large parts, such as a file to be edited. Default: none.",
     )
-    tools: Annotated[list[Any], AfterValidator(_no_tools)] = Field(default_factory=list)
-    functions: Annotated[list[Any], AfterValidator(_no_tools)] = Field(
+    tools: list[Tool] = Field(
+        default_factory=list,
+        max_length=MAX_TOOLS,
+        description=f"Functions the model may call, at most {MAX_TOOLS}. Default: none.",
+    )
+    functions: Annotated[list[Any], AfterValidator(_no_functions)] = Field(
         default_factory=list, description="Refused: the older name of tools. Send tools."
     )
-    tool_choice: Literal["none", "auto"] | None = None  # without tools both mean the same
+    tool_choice: ToolChoice | None = Field(
+        default=None,
+        description="none: a message; auto: either; required or a named function: calls. Default: auto with tools.",
+    )
+    parallel_tool_calls: bool = Field(default=True, description="One answer may hold several calls. Default: true.")
     function_call: Literal["none", "auto"] | None = Field(
         default=None, description="The older name of tool_choice; none or auto, which without functions mean the same."
     )

@@ -1,22 +1,15 @@
-"""What all endpoints' bodies have in common: their base class, and the fields of everything that generates."""
+"""What all endpoints' bodies have in common: the fields of everything that generates."""
 
 from __future__ import annotations
 
 import json
 from typing import Annotated, Any, Final
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    model_validator,
-)
-from pydantic_core import CoreSchema
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from server.engine.messages import SpeculationMode
+from server.openai.schema.body import Body
+from server.openai.schema.structured import ResponseFormat, StructuredOutputs
 
 TOLERATED: Final = (
     "user",
@@ -55,41 +48,6 @@ def refused_unless(only: object, reason: str) -> AfterValidator:
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
-
-
-def _plain_text(value: dict[str, Any]) -> dict[str, Any]:
-    if value != {"type": "text"}:
-        raise ValueError('only {"type": "text"} is supported')
-    return value
-
-
-def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
-    words = {key: schema.pop(key) for key in ("title", "description", "default", "examples") if key in schema}
-    kinds = schema["anyOf"] if schema.keys() == {"anyOf"} else [schema]
-    null = {"type": "null"}
-    return words | {"anyOf": kinds if null in kinds else [*kinds, null]}
-
-
-class Body(BaseModel):
-    """Base of everything a client sends."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """The OpenAPI page says of null what the validator above does."""
-        schema = handler(core)
-        own = handler.resolve_ref_schema(schema)
-        for name in own.get("properties", {}).keys() - own.get("required", ()):
-            own["properties"][name] = _or_null(own["properties"][name])
-        return schema
 
 
 class StreamOptions(Body):
@@ -253,7 +211,15 @@ class GenerationRequest(RequestBody):
     speculation: SpeculationOptions = Field(
         default=SpeculationOptions(), description="How tokens are guessed (ours). Default: losslessly."
     )
-    response_format: Annotated[dict[str, Any], AfterValidator(_plain_text)] | None = None
+    response_format: ResponseFormat | None = Field(
+        default=None,
+        description="What the text must look like: text, json_object or json_schema. Default: text.",
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None,
+        description="What the text must look like (vLLM's): one of json, json_object, regex, choice and grammar. "
+        "Default: any text.",
+    )
 
     user: str | None = Field(default=None, description="Tolerated: names the caller's user. No effect.")
     metadata: dict[str, str] | None = Field(default=None, description="Tolerated: the caller's notes. No effect.")

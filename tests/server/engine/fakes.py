@@ -6,7 +6,7 @@ import random
 import zlib
 from collections.abc import Sequence
 
-from server.engine.messages import ModelInfo, TokenLogprobs
+from server.engine.messages import ModelInfo, Submit, TokenLogprobs
 from server.engine.request import Draft, Outcome, Request, Work
 
 VOCAB = 11
@@ -51,7 +51,11 @@ class FakeRunner:
     def copied_values(self, request: Request) -> list[float]:
         return [0.9] * self.random.randrange(9) if self.copies else []
 
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[Draft]:
+    def refusal(self, submit: Submit) -> str | None:
+        return None
+
+    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int], num_forced: Sequence[int]) -> list[Draft]:
+        assert not any(num_forced), "no request of the fake has a grammar"
         return [self._tree(request, count) for request, count in zip(requests, num_nodes, strict=True)]
 
     def _tree(self, request: Request, count: int) -> Draft:

@@ -59,3 +59,18 @@ def test_without_heads_there_is_what_can_be_copied() -> None:
 
 def test_no_nodes_is_plain_decoding() -> None:
     assert Controller(0).allot([request(), request(3)], 99, [LONG, LONG]) == [0, 3]
+
+
+def constrained(max_nodes: int | None = None, mode: str = "lossless") -> Request:
+    sampling = SamplingParams(9, grammar='start: "a"')
+    return Request(Submit("r", (1,), sampling, SpeculationParams(mode, max_nodes)), 0, 0.0)  # type: ignore[arg-type]
+
+
+def test_forced_tokens_are_for_grammars_and_shared_evenly() -> None:
+    requests = [constrained(), request(), constrained(), constrained(mode="off"), constrained(6), constrained(0)]
+    controller = Controller(4, disable_by_batch_size=1)
+    nodes = controller.allot(requests, 100, [()] * len(requests))
+    assert nodes == [0, 0, 0, 0, 6, 0]
+    assert controller.allot_forced(requests, nodes, 100) == [15, 0, 15, 0, 0, 0]
+    assert controller.allot_forced(requests, nodes, 21) == [10, 0, 10, 0, 0, 0]
+    assert controller.allot_forced(requests, nodes, -1) == [0] * 6

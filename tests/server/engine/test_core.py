@@ -386,9 +386,9 @@ class WorkingRunner(FakeRunner):
         self.clock = clock
         self.in_kernels = 50.0  # while loading
 
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int]) -> list[Draft]:
+    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int], num_forced: Sequence[int]) -> list[Draft]:
         self.clock.now += 1
-        return super().draft(requests, num_nodes)
+        return super().draft(requests, num_nodes, num_forced)
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:
         self.clock.now += 4

@@ -16,7 +16,7 @@ from server.errors import InvalidRequestError, StartupError
 from server.text.prompt import Tokenizer
 
 CHAT = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('Tools are unknown here') }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('Robots are unknown here') }}{% endif %}"
     "{{ bos_token }}{{ m.role }}:{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 BYTES = byte_level(CHAT, {"bos_token": "<|end|>"})
@@ -71,7 +71,7 @@ def test_chat_prompt_renders_the_template_and_adds_no_special_tokens() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"messages": [{"role": "tool", "content": ""}]}, "Tools are unknown here"),
+        ({"messages": [{"role": "robot", "content": ""}]}, "Robots are unknown here"),
         ({"messages": HELLO, "continue_final_message": True}, "not both"),
         ({"messages": HELLO, "template_kwargs": {"chat_template": "x"}}, "must not set chat_template"),
     ],
