@@ -7,9 +7,11 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from enum import StrEnum
+from typing import Any
 
 import openai
 import pytest
+from openai.types.responses import ResponseFunctionToolCall
 from pydantic import BaseModel, Field
 from test_end_to_end import MODEL, Server, serving
 
@@ -158,6 +160,41 @@ def test_required_and_named_tools_are_called_and_can_be_answered(server: Server)
     result = {"role": "tool", "tool_call_id": calls[0][0]["id"], "content": "12:00"}
     final = server.post(messages=[*ASK, asked, result], tools=TOOLS, temperature=0, max_tokens=16)
     assert final["choices"][0]["message"]["role"] == "assistant"  # type: ignore[index]
+
+
+def test_tools_over_responses(server: Server) -> None:
+    """Called because they must be, streamed and not; then their results go back and the model speaks."""
+    tools: Any = [{"type": "function", "name": "weather", "parameters": Weather.model_json_schema(), "strict": True}]
+    asked: Any = {"model": MODEL, "input": ASK, "tools": tools, "temperature": 0}
+    forced: Any = {**asked, "tool_choice": "required", "parallel_tool_calls": False}
+    with server.client as client:
+        whole = client.responses.create(**forced)
+        (call,) = whole.output
+        assert isinstance(call, ResponseFunctionToolCall)
+        assert (whole.status, call.status, call.name) == ("completed", "completed", "weather")
+        Weather.model_validate_json(call.arguments)
+        with client.responses.create(**forced, stream=True) as events:
+            pieces = [event for event in events if event.type == "response.function_call_arguments.delta"]
+        assert len(pieces) > 3
+        assert "".join(piece.delta for piece in pieces) == call.arguments
+        with client.responses.stream(**forced) as stream:
+            final = stream.get_final_response()
+        (streamed,) = final.output
+        assert isinstance(streamed, ResponseFunctionToolCall)
+        assert streamed.arguments == call.arguments
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "It is calm."}
+        more: Any = asked | {"input": [*ASK, *whole.output, result], "tool_choice": "none", "max_output_tokens": 16}
+        assert client.responses.create(**more).output_text
+
+
+def test_parse_over_responses(server: Server) -> None:
+    asked: Any = {"model": MODEL, "input": ASK, "text_format": Sea, "temperature": 0, "max_output_tokens": 100}
+    with server.client as client:
+        parsed = client.responses.parse(**asked).output_parsed
+        with client.responses.stream(**asked) as stream:
+            streamed = stream.get_final_response().output_parsed
+    assert isinstance(parsed, Sea)
+    assert streamed == parsed
 
 
 def test_a_grammar_at_fault_is_a_400_that_hurts_nobody(server: Server) -> None:

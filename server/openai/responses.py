@@ -23,8 +23,10 @@ from server.openai import chat
 from server.openai.faults import explain
 from server.openai.pages import streamed
 from server.openai.responses_answers import ResponseObject, ResponseStreamEvent
+from server.openai.responses_items import Item, MessageItem, as_messages
 from server.openai.responses_reply import ResponsesReply
-from server.openai.responses_schema import LOGPROBS, SHARED, MessageItem, ResponsesRequest
+from server.openai.responses_schema import LOGPROBS, SHARED, ResponsesRequest
+from server.openai.responses_tools import choice_as_chat
 from server.openai.schema import ChatRequest
 from server.openai.service import Service, ServiceDep
 
@@ -34,6 +36,7 @@ FIELDS = {
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
 }
+FLATTENED = {"response_format": "json_schema", "tools": "function", "tool_choice": "function"}
 
 router = APIRouter(tags=["generation"])
 
@@ -82,36 +85,39 @@ def _prepare(request: ResponsesRequest, service: Service, reply_id: str) -> tupl
     return prepared(starts[best])
 
 
-def _starts(items: Sequence[MessageItem]) -> list[int]:
+def _starts(items: Sequence[Item]) -> list[int]:
     """Where a conversation may begin: as it is, or with a later user's turn."""
-    return [0, *(index for index, item in enumerate(items) if index and item.role == "user")]
+    return [0, *(index for index, item in enumerate(items) if index and _is_by(item, "user"))]
 
 
-def _since(items: Sequence[MessageItem], start: int) -> list[MessageItem]:
-    return [item for index, item in enumerate(items) if index >= start or item.role in ("system", "developer")]
+def _since(items: Sequence[Item], start: int) -> list[Item]:
+    return [item for index, item in enumerate(items) if index >= start or _is_by(item, "system", "developer")]
 
 
-def as_chat(request: ResponsesRequest, items: Sequence[MessageItem]) -> ChatRequest:
+def _is_by(item: Item, *roles: str) -> bool:
+    return isinstance(item, MessageItem) and item.role in roles
+
+
+def as_chat(request: ResponsesRequest, items: Sequence[Item]) -> ChatRequest:
     """The chat completion that answers `items`. Raises InvalidRequestError."""
     instructions = [] if request.instructions is None else [{"role": "system", "content": request.instructions}]
     has_logprobs = LOGPROBS in request.include
     body = {
         **request.model_dump(include=SHARED, exclude_unset=True),
-        "messages": instructions + [_turn(item) for item in items],
+        "messages": instructions + as_messages(items),
         "max_completion_tokens": request.max_output_tokens,
         "logprobs": has_logprobs,
         "top_logprobs": request.top_logprobs,
         "response_format": _response_format(request.text.format),
+        "tools": [tool.as_chat() for tool in request.tools],
+        "tool_choice": choice_as_chat(request.tool_choice),
+        "parallel_tool_calls": request.parallel_tool_calls if request.tools else None,
     }
     try:
         return ChatRequest.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         raise explain({**first, "loc": ("body", *_ours(first["loc"]))}) from error
-
-
-def _turn(item: MessageItem) -> dict[str, Any]:
-    return {"role": item.role, "content": [{"type": "text", "text": part.text} for part in item.content]}
 
 
 def _response_format(format: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +139,7 @@ def _our_names() -> Iterator[None]:
 
 
 def _ours(path: Sequence[Any]) -> list[Any]:
-    """`response_format.json_schema.schema` is `text.format.schema` here."""
+    """`response_format.json_schema.schema` is `text.format.schema` here, and a function's fields are its tool's."""
     head, *rest = path
-    return [*FIELDS.get(head, head).split("."), *(part for part in rest if part != "json_schema")]
+    flattened = FLATTENED.get(head.partition("[")[0])
+    return [*FIELDS.get(head, head).split("."), *(part for part in rest if part != flattened)]

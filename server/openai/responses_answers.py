@@ -8,6 +8,7 @@ from pydantic import Field, RootModel
 
 from server.openai.answers import Answer, RequestMetrics, ScoredToken
 from server.openai.responses_schema import TextConfig
+from server.openai.responses_tools import Choice, FunctionTool
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -25,6 +26,20 @@ class OutputMessage(Answer):
     role: Literal["assistant"]
     status: ItemStatus
     content: list[OutputText]
+
+
+class OutputCall(Answer):
+    """A function that is to be called."""
+
+    id: str
+    type: Literal["function_call"]
+    call_id: str = Field(description="Goes with the function's output.")
+    name: str
+    arguments: str = Field(description="JSON, unless the status is `incomplete`.")
+    status: ItemStatus
+
+
+OutputItem = Annotated[OutputMessage | OutputCall, Field(discriminator="type")]
 
 
 class InputTokensDetails(Answer):
@@ -64,7 +79,7 @@ class ResponseObject(Answer):
     error: ResponseError | None
     incomplete_details: IncompleteDetails | None
     model: str
-    output: list[OutputMessage] = Field(description="One message, once there is one.")
+    output: list[OutputItem] = Field(description="Texts and calls as the model said them, at least one in the end.")
     usage: ResponseUsage | None
     metrics: RequestMetrics | None
     instructions: str | None
@@ -76,8 +91,8 @@ class ResponseObject(Answer):
     safety_identifier: str | None
     temperature: float
     text: TextConfig
-    tool_choice: Literal["none", "auto"]
-    tools: list[Any] = Field(max_length=0)
+    tool_choice: Choice
+    tools: list[FunctionTool]
     top_logprobs: int
     top_p: float
     truncation: Literal["auto", "disabled"]
@@ -109,7 +124,7 @@ class ResponseEvent(Event):
 class OutputItemEvent(Event):
     type: Literal["response.output_item.added", "response.output_item.done"]
     output_index: int
-    item: OutputMessage
+    item: OutputItem
 
 
 class PartEvent(Event):
@@ -137,6 +152,23 @@ class TextDoneEvent(PartEvent):
     logprobs: list[ScoredToken]
 
 
+class ArgumentsDeltaEvent(Event):
+    """The deltas joined are the arguments."""
+
+    type: Literal["response.function_call_arguments.delta"]
+    item_id: str
+    output_index: int
+    delta: str
+
+
+class ArgumentsDoneEvent(Event):
+    type: Literal["response.function_call_arguments.done"]
+    item_id: str
+    output_index: int
+    name: str
+    arguments: str
+
+
 class ErrorEvent(Event):
     """Comes before `response.failed`."""
 
@@ -146,7 +178,8 @@ class ErrorEvent(Event):
     param: str | None
 
 
-AnyEvent = ResponseEvent | OutputItemEvent | ContentPartEvent | TextDeltaEvent | TextDoneEvent | ErrorEvent
+TextEvent = ContentPartEvent | TextDeltaEvent | TextDoneEvent
+AnyEvent = ResponseEvent | OutputItemEvent | TextEvent | ArgumentsDeltaEvent | ArgumentsDoneEvent | ErrorEvent
 
 
 class ResponseStreamEvent(RootModel[Annotated[AnyEvent, Field(discriminator="type")]]):

@@ -1,8 +1,7 @@
 """From a generation to the Response object of /v1/responses and the events of its stream.
 
 Invariants:
-- a response has one output item, a message with one part, its text;
-- every event has the next sequence number; the deltas joined are the text, and so with their log-probabilities;
+- every event has the next sequence number; the whole object is made from the same events, unseen;
 - a stream ends with `response.completed`, `response.incomplete` or `response.failed`, the whole object in it; before
   the last comes an `error` event;
 - what the client asked for is echoed as it was understood.
@@ -11,7 +10,6 @@ Invariants:
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -21,16 +19,15 @@ from typing import Any
 from fastapi import Request, Response
 
 from server.errors import MedusaError
-from server.openai.generation import Generation, Piece, Scored, join
+from server.openai.generation import Generation, Scored
 from server.openai.logprobs import chat_logprobs
 from server.openai.reply import Json, metrics, unless_gone, usage
+from server.openai.responses_output import Output
 from server.openai.responses_schema import LOGPROBS, ResponsesRequest
 from server.openai.service import Service
 from server.openai.stream import NamedEventStream, named_event
 from server.visit import note_error
 
-PLACE = {"output_index": 0, "content_index": 0}
-STATUS = {"stop": "completed", "length": "incomplete", None: "in_progress"}
 ECHOED = (
     "instructions",
     "max_output_tokens",
@@ -40,7 +37,6 @@ ECHOED = (
     "prompt_cache_key",
     "safety_identifier",
     "temperature",
-    "tool_choice",
     "top_p",
     "truncation",
     "user",
@@ -56,7 +52,10 @@ class ResponsesReply:
     request: ResponsesRequest
     generation: Generation
     created: int = field(default_factory=lambda: int(time.time()))
-    item_id: str = field(default_factory=lambda: f"msg_{uuid.uuid4().hex}")
+    output: Output = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.output = Output(self._logprobs)
 
     async def respond(self, http: Request) -> Response:
         """The response to the request, which came by `http`."""
@@ -64,8 +63,10 @@ class ResponsesReply:
 
     async def whole(self) -> Json:
         """The Response object."""
-        (piece,) = await self.generation.complete()
-        return self._finished(piece)
+        async with aclosing(self._said()) as contents:
+            async for _ in contents:
+                continue
+        return self._finished()
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """All events, numbered."""
@@ -75,44 +76,24 @@ class ResponsesReply:
                 yield named_event({**content, "sequence_number": next(numbers)})
 
     async def _contents(self) -> AsyncGenerator[Json, None]:
-        for content in self._opening():
-            yield content
-        said: list[Piece] = []
+        begun = self._object("in_progress")
+        yield {"type": "response.created", "response": begun}
+        yield {"type": "response.in_progress", "response": begun}
         try:
-            async with aclosing(self.generation.pieces()) as pieces:
-                async for piece in pieces:
-                    said.append(piece)
-                    if piece.text or piece.tokens:
-                        yield self._delta(piece)
+            async with aclosing(self._said()) as contents:
+                async for content in contents:
+                    yield content
         except MedusaError as error:
             for content in self._failure(error):
                 yield content
             return
-        for content in self._closing(join(said)):
-            yield content
+        yield {"type": f"response.{self.output.status}", "response": self._finished()}
 
-    def _opening(self) -> list[Json]:
-        begun = self._object("in_progress")
-        return [
-            {"type": "response.created", "response": begun},
-            {"type": "response.in_progress", "response": begun},
-            {"type": "response.output_item.added", "output_index": 0, "item": self._item("in_progress", [])},
-            {"type": "response.content_part.added", "item_id": self.item_id, **PLACE, "part": self._part(Piece(0, ""))},
-        ]
-
-    def _delta(self, piece: Piece) -> Json:
-        said = {"delta": piece.text, "logprobs": self._logprobs(piece.tokens)}
-        return {"type": "response.output_text.delta", "item_id": self.item_id, **PLACE, **said}
-
-    def _closing(self, piece: Piece) -> list[Json]:
-        item = self._message(piece)
-        said = {"text": piece.text, "logprobs": self._logprobs(piece.tokens)}
-        return [
-            {"type": "response.output_text.done", "item_id": self.item_id, **PLACE, **said},
-            {"type": "response.content_part.done", "item_id": self.item_id, **PLACE, "part": self._part(piece)},
-            {"type": "response.output_item.done", "output_index": 0, "item": item},
-            {"type": f"response.{STATUS[piece.finish]}", "response": self._finished(piece)},
-        ]
+    async def _said(self) -> AsyncGenerator[Json, None]:
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for piece in pieces:
+                for content in self.output.take(piece):
+                    yield content
 
     def _failure(self, error: MedusaError) -> list[Json]:
         note_error(error)
@@ -122,11 +103,11 @@ class ResponsesReply:
             {"type": "response.failed", "response": failed},
         ]
 
-    def _finished(self, piece: Piece) -> Json:
-        status = STATUS[piece.finish]
+    def _finished(self) -> Json:
+        status = self.output.status
         return self._object(
             status,
-            output=[self._message(piece)],
+            output=self.output.items,
             completed_at=int(time.time()) if status == "completed" else None,
             incomplete_details={"reason": "max_output_tokens"} if status == "incomplete" else None,
             usage=self._usage(),
@@ -149,27 +130,19 @@ class ResponsesReply:
         }
 
     def _echo(self) -> Json:
+        choice = self.request.tool_choice
         return {
             **{name: getattr(self.request, name) for name in ECHOED},
             "text": self.request.text.model_dump(exclude_unset=True) | {"format": self.request.text.format},
             "reasoning": self.request.reasoning and self.request.reasoning.model_dump(),
             "top_logprobs": self.request.top_logprobs or 0,
-            "tools": [],
+            "tools": [tool.model_dump() for tool in self.request.tools],
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
             "background": False,
             "store": False,
             "previous_response_id": None,
             "service_tier": "default",
         }
-
-    def _message(self, piece: Piece) -> Json:
-        return self._item(STATUS[piece.finish], [self._part(piece)])
-
-    def _item(self, status: str, parts: list[Json]) -> Json:
-        return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": parts}
-
-    def _part(self, piece: Piece) -> Json:
-        part = {"type": "output_text", "text": piece.text, "annotations": []}
-        return {**part, "logprobs": self._logprobs(piece.tokens)}
 
     def _logprobs(self, tokens: tuple[Scored, ...]) -> list[Json]:
         if LOGPROBS not in self.request.include:

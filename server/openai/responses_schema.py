@@ -4,8 +4,7 @@ Invariants:
 - `SHARED` are fields of chat completions with the same name and meaning; they are handed on as they came;
 - nothing is stored: whatever refers to another response, or asks to keep this one, is refused;
 - tolerated are `user`, `safety_identifier` and `prompt_cache_key`, which name the caller and are echoed, and
-  `max_tool_calls` and `parallel_tool_calls`, which limit tools that are never called; so are the `id`, `status`,
-  `phase`, `annotations` and `logprobs` of messages that come back as they were sent.
+  `max_tool_calls`, which limits tools that run at OpenAI's.
 """
 
 from __future__ import annotations
@@ -13,10 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from server.openai.responses_items import InputItem, Item
+from server.openai.responses_tools import FunctionTool, ToolChoice
 from server.openai.schema import MAX_LOGPROBS, MAX_STOPS, Body, RequestBody, SpeculationOptions
+from server.openai.schema.tools import MAX_TOOLS
 
 LOGPROBS: Final = "message.output_text.logprobs"
 SHARED: Final = {"model", "temperature", "top_p", "top_k", "min_p", "min_tokens", "stop", "ignore_eos", "seed"} | {
@@ -51,60 +53,13 @@ def _input_items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
-def _input_parts(value: Any) -> Any:
-    return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
-
-
-class Part(Body):
-    """A part of a message's content."""
-
-    type: Literal["input_text", "output_text"] = Field(description="`output_text` is what an assistant said.")
-    text: str = Field(description="The text.")
-    annotations: list[Any] = Field(default_factory=list, description="Tolerated: as it came with the answer.")
-    logprobs: list[Any] = Field(default_factory=list, description="Tolerated: as it came with the answer.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_text(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("type") not in ("input_text", "output_text"):
-            raise ValueError("only parts of type input_text and output_text can be read by this model")
-        return data
-
-
-class MessageItem(Body):
-    """One turn of the conversation, of any role, short or as it came with an answer."""
-
-    type: Literal["message"] = Field(default="message", description="Other items than messages are refused.")
-    role: Literal["user", "assistant", "system", "developer"] = Field(description="Who speaks.")
-    content: Annotated[
-        list[Part],
-        BeforeValidator(_input_parts, json_schema_input_type=str | list[Part]),
-        Field(min_length=1, description="A text, or a list of parts."),
-    ]
-    id: str | None = Field(default=None, description="Tolerated: as it came with the answer.")
-    status: str | None = Field(default=None, description="Tolerated: as it came with the answer.")
-    phase: Literal["commentary", "final_answer"] | None = Field(default=None, description="Tolerated.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_message(cls, data: Any) -> Any:
-        kind = data.get("type") if isinstance(data, dict) else None
-        if kind == "item_reference":
-            raise ValueError("items are not stored; send the item itself")
-        if kind in ("function_call", "function_call_output"):
-            raise ValueError("tool calling is not supported; send messages only")
-        if kind not in (None, "message"):
-            raise ValueError("only items of type message can be read by this model")
-        return data
-
-
 class TextConfig(Body):
     """What the text must look like."""
 
     format: dict[str, Any] = Field(
         default={"type": "text"},
-        description='`{"type": "text"}`, the default, `{"type": "json_object"}`, or '
-        '`{"type": "json_schema", "name": ..., "schema": {...}}`.',
+        description='`{"type": "text"}`, the default, `{"type": "json_object"}` for any JSON object, or '
+        '`{"type": "json_schema", "name": ..., "schema": {...}}` for JSON that fits the schema for certain.',
         examples=[{"type": "text"}],
     )
     verbosity: Literal["medium"] | None = Field(default=None, description="Only the default, `medium`.")
@@ -139,8 +94,8 @@ class ResponsesRequest(RequestBody):
 
     model: str | None = Field(default=None, description="The served model, if absent.")
     input: Annotated[
-        list[MessageItem],
-        BeforeValidator(_input_items, json_schema_input_type=str | list[MessageItem]),
+        list[InputItem],
+        BeforeValidator(_input_items, json_schema_input_type=str | list[Item]),
         Field(min_length=1, description="A user's text, or the whole conversation."),
     ]
     instructions: str | None = Field(default=None, description="A system message that comes before the input.")
@@ -164,9 +119,16 @@ class ResponsesRequest(RequestBody):
     )
     service_tier: Literal["auto", "default"] | None = Field(default=None, description="There is one, `default`.")
     reasoning: ResponsesReasoning | None = None
-    tools: Annotated[Any, Refused("tool calling is not supported; leave tools out")] = Field(default_factory=list)
-    tool_choice: Literal["none", "auto"] = Field(default="auto", description="Without tools both mean the same.")
-    parallel_tool_calls: bool = Field(default=True, description="Echoed.")
+    tools: list[FunctionTool] = Field(
+        default_factory=list,
+        max_length=MAX_TOOLS,
+        description=f"Functions the model may call, at most {MAX_TOOLS}. Default: none.",
+    )
+    tool_choice: ToolChoice = Field(
+        default="auto",
+        description="none: a message; auto: either; required or a named function: calls. Default: auto.",
+    )
+    parallel_tool_calls: bool = Field(default=True, description="One answer may hold several calls. Default: true.")
     max_tool_calls: int | None = Field(default=None, ge=0, description="Echoed: it limits OpenAI's own tools.")
     prompt_cache_retention: Literal["in_memory"] | None = Field(default=None, description="Only in memory.")
     background: Annotated[Any, Refused("responses are made while the client waits; leave background out")] = None

@@ -130,9 +130,14 @@ def whole_calls(calls: Sequence[CallDelta]) -> list[Json]:
     ]
 
 
+def new_call_id() -> str:
+    """What tells a call from all others."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
 def _call(name: str, arguments: str) -> Json:
     return {
-        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "id": new_call_id(),
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }

@@ -57,9 +57,12 @@ def _json_object(arguments: str) -> str:
     return arguments or "{}"
 
 
+Arguments = Annotated[str, AfterValidator(_json_object)]
+
+
 class CalledFunction(Body):
     name: str
-    arguments: Annotated[str, AfterValidator(_json_object)]
+    arguments: Arguments
 
 
 class ToolCall(Body):

@@ -119,8 +119,6 @@ async def test_conversation(client: httpx.AsyncClient, engine: ScriptedEngine) -
 @pytest.mark.parametrize(
     ("item", "why"),
     [
-        ({"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}, "tool calling"),
-        ({"type": "function_call_output", "call_id": "1", "output": "x"}, "tool calling"),
         ({"type": "item_reference", "id": "msg_1"}, "not stored"),
         ({"type": "reasoning", "id": "rs_1", "summary": []}, "type message"),
         ({"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}, "type input_text"),
@@ -158,7 +156,7 @@ REFUSED: dict[str, object] = {
     "stream_options": {"include_obfuscation": True},
     "text": {"format": {"type": "rhyme"}},
     "tool_choice": "required",
-    "tools": [{"type": "function", "name": "f", "parameters": {}}],
+    "tools": [{"type": "web_search"}],
     "top_logprobs": 1,
     "truncation": "middle",
     "no_such_field": 1,
