@@ -91,6 +91,13 @@ def test_any_arguments_come_through(arguments: list[dict], is_ascii: bool, rando
         assert parser.num_calls == len(calls)
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_calls_know_where_they_are(size: int) -> None:
+    parser, text = HermesParser(), f"one {hermes(F)}\n{hermes(F)} two{hermes(F)}<tool_call>no{hermes(F)}"
+    told = [call for n in range(0, len(text), size) for call in parser.push(text[n : n + size]).calls]
+    assert {(call.index, call.position) for call in told} == {(0, 3), (1, 3), (2, 6), (3, 19)}
+
+
 def test_arguments_are_told_as_they_come() -> None:
     parser = HermesParser()
     assert parser.push('<tool_call>{"name": "f", "arguments": {"a"').calls[0].arguments == '{"a"'
