@@ -80,7 +80,7 @@ def say(
         logprobs = () if params.logprobs is None else tuple(scored(token, params.logprobs) for token in ids)
         deltas.append(Delta(submit.request_id, ids, logprobs))
     if params.prompt_logprobs is not None:
-        known = tuple(scored(token, params.prompt_logprobs) for token in submit.prompt[1:])
+        known = tuple(replace(scored(token, params.prompt_logprobs), rank=1) for token in submit.prompt[1:])
         deltas[0] = replace(deltas[0], prompt_logprobs=(None, *known))
     deltas[-1] = replace(
         deltas[-1],

@@ -40,9 +40,15 @@ CHECKS = [
 ]
 POSTS: dict[str, dict[str, Any]] = {  # with what a schema cannot say: a conversation that a template takes, and so on
     "/v1/completions": {"prompt": "Hi"},
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+    "/v1/chat/completions": {
+        "messages": [{"role": "user", "content": "Hi"}],
+        **dict.fromkeys(("tools", "tool_choice", "parallel_tool_calls", "response_format", "structured_outputs")),
+    },
     "/v1/responses": {"input": "Hi"},
-    "/tokenize": {"prompt": "Hi"},
+    "/tokenize": {
+        "prompt": "Hi",
+        **dict.fromkeys(("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")),
+    },
     "/detokenize": {"tokens": [72, 105]},
 }
 GETS = ["/v1/models", "/v1/models/{model}", "/health", "/ready", "/metrics", "/version"]

@@ -25,7 +25,7 @@ def _text(value: Any) -> Any:
 
 def _no_functions(value: list[Any]) -> list[Any]:
     if value:
-        raise ValueError("functions is the old name of tools; send tools and tool_choice")
+        raise ValueError("not supported: it is the old name of tools; send tools and tool_choice")
     return value
 
 

@@ -72,7 +72,7 @@ def test_other_flags_sources_processors_and_compilers_are_other_libraries(
 def test_no_compiler_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(KernelError, match=r"^There is no C compiler \(cc, gcc, clang\): install gcc\.$"):
+    with pytest.raises(KernelError, match=r"^There is no C compiler \(cc, gcc, clang\): install gcc, or .*\.$"):
         library(tmp_path)
     monkeypatch.setenv("CC", "nonesuch")
     with pytest.raises(KernelError, match=r"no C compiler \(nonesuch\)"):

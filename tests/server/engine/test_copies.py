@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from models.backbone import Backbone
 from server.engine.core import Engine
 from server.engine.messages import (
+    DRAFT_SOURCES,
     Delta,
     EngineConfig,
     SamplingParams,
@@ -168,8 +169,9 @@ def test_steps_say_who_guessed(model: LlamaForCausalLM) -> None:
     accepted = [sum(counts) for counts in zip(*(step.accepted_by_source for step in steps), strict=True)]
     assert all(step.num_draft_tokens == sum(step.drafted_by_source) for step in steps)
     assert all(step.num_accepted_tokens == sum(step.accepted_by_source) for step in steps)
-    assert all(count > 0 for count in drafted)
-    assert accepted[2] >= 18
+    by_source = dict(zip(DRAFT_SOURCES, drafted, strict=True))
+    assert [source for source, count in by_source.items() if count == 0] == ["grammar"]
+    assert accepted[DRAFT_SOURCES.index("prediction")] >= 18
     assert all(right <= count for right, count in zip(accepted, drafted, strict=True))
 
 

@@ -108,12 +108,12 @@ def candidate(text: str, logprob: float, rank: int | None) -> dict:
 
 async def test_prompt_logprobs(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     """The scripted engine says of each prompt token: log-probability -1, and -2, -3 of those after it."""
-    expected = [None, {"105": candidate("i", -1.0, None), "106": candidate("j", -2.0, 2)}]
+    expected = [None, {"105": candidate("i", -1.0, 1), "106": candidate("j", -2.0, 2)}]
     body = await complete(client, prompt_logprobs=2, n=2)
     assert [choice["prompt_logprobs"] for choice in body["choices"]] == [expected] * 2
     body = await chat(client, prompt_logprobs=2)
     assert body["prompt_logprobs"][0] is None
-    assert body["prompt_logprobs"][-1] == {"62": candidate(">", -1.0, None), "63": candidate("?", -2.0, 2)}
+    assert body["prompt_logprobs"][-1] == {"62": candidate(">", -1.0, 1), "63": candidate("?", -2.0, 2)}
     assert len(body["prompt_logprobs"]) == len(b"[user]Hi>")
 
 
@@ -125,7 +125,7 @@ async def test_prompt_logprobs_beside_echoed_ones(client: httpx.AsyncClient, eng
     assert [len(top) for top in choice["logprobs"]["top_logprobs"][1:]] == [1] * 6
     assert len(choice["prompt_logprobs"][1]) == 3
     choice = (await complete(client, echo=True, logprobs=3, prompt_logprobs=0))["choices"][0]
-    assert choice["prompt_logprobs"] == [None, {"105": candidate("i", -1.0, None)}]
+    assert choice["prompt_logprobs"] == [None, {"105": candidate("i", -1.0, 1)}]
     assert [len(top) for top in choice["logprobs"]["top_logprobs"][1:]] == [3] * 6
 
 
