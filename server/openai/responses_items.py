@@ -72,7 +72,7 @@ class ToolItem(Body):
 class CallItem(ToolItem):
     """A call that the model has asked for."""
 
-    type: Literal["function_call"]
+    type: Literal["function_call"] = Field(description="A call.")
     name: str = Field(description="The function.")
     arguments: Arguments = Field(description="A JSON object, as text.")
 
@@ -83,7 +83,7 @@ class CallItem(ToolItem):
 class ResultItem(ToolItem):
     """What a called function has returned."""
 
-    type: Literal["function_call_output"]
+    type: Literal["function_call_output"] = Field(description="A call's result.")
     output: Annotated[list[Part], BeforeValidator(_input_parts, json_schema_input_type=str | list[Part])] = Field(
         description="A text, or a list of parts."
     )

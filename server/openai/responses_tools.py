@@ -46,7 +46,7 @@ class FunctionTool(Body):
 class FunctionChoice(Body):
     """`tool_choice` that names a function."""
 
-    type: Literal["function"]
+    type: Literal["function"] = Field(description="Only functions can be named.")
     name: str = Field(description="One of the tools.")
 
 
