@@ -9,12 +9,15 @@ import itertools
 from dataclasses import fields, replace
 
 import pytest
+from llguidance import LLMatcher
 from tiny import run, submit, tiny_engine, tiny_llama, tokens
 from transformers import LlamaForCausalLM
 
+from models.grammar import Grammars
 from server.engine.core import Engine
 from server.engine.messages import Delta, SamplingParams
 from server.engine.request import Outcome, Work
+from tests.models.json_tokens import EOS, json_tokenizer
 
 BASE = SamplingParams(20, temperature=0.9, seed=11, ignore_eos=True)
 EVEN = tuple(range(0, 64, 2))
@@ -50,6 +53,15 @@ PARAMETERS = {
         bad_words=((26, 26), (28, 26), (30,)),
         frequency_penalty=0.3,
     ),
+    "grammar": replace(BASE, grammar=LLMatcher.grammar_from_regex("[A-K]{3,40}"), ignore_eos=False),
+    "grammar and masks": replace(
+        BASE,
+        grammar=LLMatcher.grammar_from_regex("[A-K]{9,40}!"),
+        bad_words=tuple(itertools.product(range(33, 40), repeat=2)),
+        presence_penalty=0.4,
+        top_p=0.9,
+        logprobs=1,
+    ),
     "all truncations": replace(BASE, top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.1),
 }
 PROMPT = [5, 9, 33, 7, 9, 12]
@@ -63,7 +75,14 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def plain(model: LlamaForCausalLM) -> dict[str, Answer]:
-    return answers(tiny_engine(model, prefix_cache=False), "off", batch=1)
+    return answers(engine_of(model, prefix_cache=False), "off", batch=1)
+
+
+def engine_of(model: LlamaForCausalLM, **config: object) -> Engine:
+    """Its first 64 tokens are the end and the characters from `!` on."""
+    engine = tiny_engine(model, **config)
+    engine.runner.grammars = Grammars(json_tokenizer().to_str(), [EOS])
+    return engine
 
 
 def answers(engine: Engine, mode: str, *, batch: int) -> dict[str, Answer]:
@@ -84,12 +103,12 @@ def answer(deltas: list[Delta]) -> Answer:
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("mode", ["off", "lossless"])
 def test_same_tokens(model: LlamaForCausalLM, plain: dict[str, Answer], mode: str, batch: int) -> None:
-    assert answers(tiny_engine(model, num_nodes=12), mode, batch=batch) == plain
+    assert answers(engine_of(model, num_nodes=12), mode, batch=batch) == plain
 
 
 @pytest.mark.parametrize("mode", ["off", "lossless"])
 def test_same_tokens_through_preemption(model: LlamaForCausalLM, plain: dict[str, Answer], mode: str) -> None:
-    engine = tiny_engine(model, kv_cache_tokens=70, max_num_batched_rows=24)
+    engine = engine_of(model, kv_cache_tokens=70, max_num_batched_rows=24)
     assert answers(engine, mode, batch=8) == plain
     crowd = [submit(str(i), PROMPT, replace(BASE, seed=i), mode) for i in range(8)]
     ends = [deltas[-1].stats for deltas in run(engine, crowd).values()]
@@ -121,7 +140,7 @@ def test_a_text_that_cannot_go_on_ends(plain: dict[str, Answer]) -> None:
 
 def test_typical_acceptance_obeys_the_masks(model: LlamaForCausalLM) -> None:
     """Also at nodes after which nothing may follow, whose distribution is none."""
-    engine = tiny_engine(model, num_nodes=12)
+    engine = engine_of(model, num_nodes=12)
     for name in ("nothing left to say", "all masks", "bad_words"):
         params = PARAMETERS[name]
         jobs = [submit(str(seed), PROMPT, replace(params, seed=seed), "typical") for seed in range(20)]
@@ -136,7 +155,7 @@ def contains(said: tuple[int, ...], word: tuple[int, ...]) -> bool:
 
 
 def test_drafts_are_tokens_that_may_be_said(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = tiny_engine(model, num_nodes=3)
+    engine = engine_of(model, num_nodes=3)
     drafted: set[int] = set()
 
     def watched(works: list[Work]) -> list[Outcome]:

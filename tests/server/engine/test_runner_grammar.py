@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from llguidance import LLMatcher
@@ -19,9 +17,7 @@ from models.grammar import Grammars
 from server.engine.core import Engine
 from server.engine.messages import Delta, EngineConfig, SamplingParams
 from server.engine.runner import Runner
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
-from json_tokens import EOS, VOCAB_SIZE, json_tokenizer
+from tests.models.json_tokens import EOS, VOCAB_SIZE, json_tokenizer
 
 TOKENIZER = json_tokenizer()
 PROMPTS = [[5, 9, 33, 7], [8] * 30, [1, 2, 3, 4, 5, 6, 7], list(range(40, 57)), [60], [11, 13, 11, 13]]
