@@ -112,6 +112,10 @@ class Runner:
         """Seconds spent in C kernels since this was last asked."""
         return take_seconds()
 
+    def check(self) -> None:
+        """Raises if the device is lost: it then fails on everything."""
+        torch.ones(1, device=self.device).item()
+
     def forget(self, request: Request) -> None:
         self._hidden.pop(request.id, None)
         self._histories.pop(request.id, None)

@@ -168,7 +168,7 @@ def test_steps_say_who_guessed(model: LlamaForCausalLM) -> None:
     accepted = [sum(counts) for counts in zip(*(step.accepted_by_source for step in steps), strict=True)]
     assert all(step.num_draft_tokens == sum(step.drafted_by_source) for step in steps)
     assert all(step.num_accepted_tokens == sum(step.accepted_by_source) for step in steps)
-    assert all(count > 0 for count in drafted)
+    assert all(count > 0 for count in drafted[:3])  # the last are the grammar's
     assert accepted[2] >= 18
     assert all(right <= count for right, count in zip(accepted, drafted, strict=True))
 
