@@ -55,7 +55,7 @@ def build_submits(
     predicted = tuple(prediction[: info.max_model_len])
     submits: list[Submit] = []
     for whole in prompts:
-        prompt = _truncated(whole, request.truncate_prompt_tokens, info, max_tokens, default_max_tokens)
+        prompt = tuple(_truncated(whole, request.truncate_prompt_tokens, info, max_tokens, default_max_tokens))
         limit = _token_limit(len(prompt), max_tokens, default_max_tokens, info.max_model_len, param)
         if request.min_tokens > limit:
             raise InvalidRequestError(
@@ -64,7 +64,7 @@ def build_submits(
         for choice in range(num_choices or request.n):
             sampling = replace(same, max_tokens=limit, choice=choice)
             name = f"{request_id}-{len(submits)}"
-            submits.append(Submit(name, tuple(prompt), sampling, speculation, request.priority, predicted))
+            submits.append(Submit(name, prompt, sampling, speculation, request.priority, predicted))
     return submits
 
 
@@ -101,7 +101,7 @@ def _sampling_params(request: GenerationRequest, info: ModelInfo, tokenizer: Tok
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
         seed=secrets.randbits(63) if request.seed is None else request.seed,
-        allowed_token_ids=None if allowed is None else tuple(allowed),
+        allowed_token_ids=None if allowed is None else tuple(dict.fromkeys(allowed)),
         bad_words=words,
     )
 
