@@ -20,7 +20,6 @@ from server.openai.words import bad_words, check_possible
 from server.text.prompt import Tokenizer
 
 MIN_TEMPERATURE = 1e-5  # below it, greedy, as in vLLM: the scaled logits would overflow
-MAX_LOGIT_BIAS = 1024  # entries; each costs time at every node of the tree
 
 
 def build_submits(
@@ -139,9 +138,6 @@ def speculation_params(options: SpeculationOptions) -> SpeculationParams:
 
 
 def _logit_bias(bias: dict[str, float], info: ModelInfo) -> tuple[tuple[int, float], ...]:
-    if len(bias) > MAX_LOGIT_BIAS:
-        message = f"logit_bias names {len(bias)} tokens; at most {MAX_LOGIT_BIAS} are allowed."
-        raise InvalidRequestError(message, param="logit_bias")
     for key in bias:
         if not (key.isascii() and key.isdigit()):
             raise InvalidRequestError(f"The keys of logit_bias are token ids; {key!r} is none.", param="logit_bias")

@@ -27,7 +27,7 @@ class TokenizeRequest(RequestBody):
     model: str | None = Field(default=None, description="The served model, if absent.")
     prompt: str | None = Field(default=None, description="A text, as for /v1/completions.")
     messages: list[Message] | None = Field(
-        default=None, min_length=1, description="A conversation, as for /v1/chat/completions."
+        default=None, min_length=1, fail_fast=True, description="A conversation, as for /v1/chat/completions."
     )
     add_special_tokens: bool | None = Field(
         default=None,
@@ -53,7 +53,7 @@ class DetokenizeRequest(RequestBody):
     """Tokens."""
 
     model: str | None = Field(default=None, description="The served model, if absent.")
-    tokens: list[Annotated[int, Field(ge=0)]] = Field(description="Token ids.")
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(fail_fast=True, description="Token ids.")
 
 
 @router.post("/tokenize", summary="Text to tokens")

@@ -12,6 +12,7 @@ from json_tokens import EOS, VOCAB_SIZE, json_tokenizer
 from llguidance import LLMatcher
 
 from models.grammar import GrammarError, Grammars, GrammarState, unpack
+from server.text.grammar import of_choices
 
 TOKENIZER = json_tokenizer()
 GRAMMARS = Grammars(TOKENIZER.to_str(), [EOS])
@@ -136,3 +137,12 @@ def test_a_byte_level_decoder_is_seen_within_a_sequence(tmp_path: Path) -> None:
     file.write_text(json.dumps(content))
     hidden = Grammars(file, [EOS]).start('start: "a b"')
     assert allowed(hidden, tuple(ids("a"))) == allowed(GRAMMARS.start('start: "a b"'), tuple(ids("a")))
+
+
+def test_thousands_of_choices_are_not_too_complex() -> None:
+    choices = [f'"count": {n}' for n in range(4000)]
+    state = GRAMMARS.start(of_choices([*choices, '"count": 1 and more']))
+    output = ids('"count": 17')
+    assert all(state.mask(tuple(output[:n])) is not None for n in range(len(output)))
+    state.advance(output)
+    assert allowed(state) == {EOS, *(ids(str(n))[0] for n in range(10))}

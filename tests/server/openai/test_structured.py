@@ -36,7 +36,10 @@ async def test_formats(client: httpx.AsyncClient, engine: ScriptedEngine, url: s
     anything = await grammar(client, engine, url, response_format={"type": "json_object"})
     assert anything is not None
     assert await grammar(client, engine, url, structured_outputs={"json_object": True}) == anything
-    assert await grammar(client, engine, url, structured_outputs={"choice": ["yes", "no"]}) == 'start: "yes" | "no"'
+    assert (
+        await grammar(client, engine, url, structured_outputs={"choice": ["yes", "no"]})
+        == 'start: CHOICE\nCHOICE: "yes" | "no"'
+    )
     assert "a+" in (await grammar(client, engine, url, structured_outputs={"regex": "a+"}) or "")
     lark = 'start: "a" | "b"'
     assert await grammar(client, engine, url, structured_outputs={"grammar": lark}) == lark
