@@ -90,7 +90,9 @@ class Runner:
                 heads = PackedHeads(heads) if isinstance(heads, ResBlockHeads) else heads
         except (BackboneError, CheckpointError) as error:
             raise StartupError(str(error)) from error
-        return cls(backbone, heads, config)
+        runner = cls(backbone, heads, config)
+        runner.grammars.prepare()
+        return runner
 
     def refusal(self, submit: Submit) -> str | None:
         """Why this request cannot run: its grammar does not compile. What compiles stays compiled for a while."""

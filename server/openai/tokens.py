@@ -61,9 +61,13 @@ async def tokenize(request: TokenizeRequest, service: ServiceDep) -> TokenizeAns
     """The tokens that the model would see, special ones included."""
     service.check_model(request.model)
     tokens = await service.threads.run(_encode, request, service)
-    names = [service.tokenizer.token_name(token) for token in tokens] if request.return_token_strs else None
+    names = await service.threads.run(_names, tokens, service) if request.return_token_strs else None
     room = service.engine.info.max_model_len
     return TokenizeAnswer(count=len(tokens), max_model_len=room, tokens=tokens, token_strs=names)
+
+
+def _names(tokens: list[int], service: Service) -> list[str]:
+    return [service.tokenizer.token_name(token) for token in tokens]
 
 
 def _encode(request: TokenizeRequest, service: Service) -> list[int]:

@@ -130,6 +130,16 @@ def test_a_tokenizer_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
         Grammars(tmp_path / "tokenizer.json", [EOS]).start(JSON)
 
 
+def test_the_tokenizer_can_be_read_before_the_first_grammar(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    Grammars(file, [EOS]).prepare()  # there is none: no grammar can be used, and nothing else is wrong
+    file.write_text(TOKENIZER.to_str())
+    grammars = Grammars(file, [EOS])
+    grammars.prepare()
+    file.unlink()
+    assert grammars.start(JSON).mask(()) is not None
+
+
 def test_a_byte_level_decoder_is_seen_within_a_sequence(tmp_path: Path) -> None:
     content = json.loads(TOKENIZER.to_str())
     content["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, content["decoder"]]}
