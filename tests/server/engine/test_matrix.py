@@ -98,7 +98,8 @@ def test_same_tokens_through_preemption(model: LlamaForCausalLM, plain: dict[str
 
 def test_every_parameter_is_in_the_matrix_and_matters(plain: dict[str, Answer]) -> None:
     for field in fields(SamplingParams):
-        assert len({getattr(params, field.name) for params in PARAMETERS.values()}) > 1, field.name
+        if field.name != "grammar":  # has a matrix of its own, over a tokenizer: test_runner_grammar
+            assert len({getattr(params, field.name) for params in PARAMETERS.values()}) > 1, field.name
     unchanged = [name for name, said in plain.items() if said == plain["logprobs"]]
     assert unchanged == ["logprobs", "prompt_logprobs"]
 

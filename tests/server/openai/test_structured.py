@@ -81,11 +81,6 @@ async def test_refused(
 @pytest.mark.parametrize(("schema", "status"), [(True, 200), (False, 400)])
 @pytest.mark.parametrize("url", URLS)
 async def test_a_schema_may_be_a_word(client: httpx.AsyncClient, url: str, schema: bool, status: int) -> None:
-    said = (
-        {"prompt": "x"}
-        if url.endswith("/completions") and "chat" not in url
-        else {"messages": [{"role": "user", "content": "x"}]}
-    )
-    response = await client.post(url, json={**said, **schema_format(schema)})
+    response = await client.post(url, json={**URLS[url], **schema_format(schema)})
     assert response.status_code == status, response.text
     assert status == 200 or "Unsatisfiable" in response.json()["error"]["message"]
