@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,18 @@ class GrammarError(ValueError):
 
 
 class Grammars:
-    """The compiled grammars of one model. Its tokenizer is read when the first grammar comes."""
+    """The compiled grammars of one model. Its tokenizer is read by `prepare`, or when the first grammar comes."""
 
     def __init__(self, tokenizer: Path | str, eos_token_ids: Sequence[int]) -> None:
         """`tokenizer` is the file `tokenizer.json`, or its content."""
         self._source = tokenizer
         self._eos_token_ids = list(eos_token_ids)
         self._compiled = lru_cache(maxsize=NUM_COMPILED)(self._compile)
+
+    def prepare(self) -> None:
+        """Read the tokenizer, which takes a large one seconds, before anybody waits for it."""
+        with suppress(GrammarError):  # told to whoever sends a grammar
+            _ = self.vocabulary
 
     def start(self, grammar: str) -> GrammarState:
         """The state before any output. `grammar` is Lark or JSON, as llguidance takes it. Raises `GrammarError`."""

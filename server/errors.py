@@ -1,9 +1,9 @@
 """Every error that a user or an operator can cause, and what it looks like over HTTP.
 
-    MedusaError                     500 server_error
+    MedusaError                     500 server_error, server_error
     ├── InternalError               500 server_error, internal_error: a bug
     ├── StartupError                never over HTTP: one sentence on stderr, exit code 2
-    ├── InvalidRequestError         400 invalid_request_error
+    ├── InvalidRequestError         400 invalid_request_error, invalid_value and others
     │   └── ContextLengthError      400 invalid_request_error, context_length_exceeded
     ├── AuthenticationError         401 invalid_request_error, invalid_api_key
     ├── ModelNotFoundError          404 invalid_request_error, model_not_found
@@ -13,7 +13,8 @@
     ├── ShuttingDownError           503 server_error, shutting_down
     └── RequestTimeoutError         504 server_error, request_timeout
 
-Messages are full sentences that say what to do. `code` is a string, as in OpenAI's API.
+Messages are full sentences that say what to do. Every error has a `code`, a word for programs, where OpenAI has one the
+same; those of bodies that do not fit their schema are in `openai.faults`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class MedusaError(Exception):
 
     status = 500
     type = "server_error"
-    code: str | None = None
+    code: str = "server_error"
     headers: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -67,6 +68,7 @@ class InvalidRequestError(MedusaError):
 
     status = 400
     type = "invalid_request_error"
+    code = "invalid_value"
 
 
 class ContextLengthError(InvalidRequestError):

@@ -2,11 +2,14 @@
 
 Invariants:
 - a key that is not a field, or a value that does not fit, is one sentence (StartupError), wherever it came from;
+- an empty variable of the environment is not set; an empty flag is a value like any other, and seldom one that fits, so
+  that `--api-key "$KEY"` without a KEY does not open the server;
 - nothing else in the house reads flags or files of configuration.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +20,7 @@ from pydantic_settings import (
     BaseSettings,
     CliApp,
     CliPositionalArg,
+    EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -52,7 +56,6 @@ class Settings(BaseSettings):
         frozen=True,
         extra="forbid",
         env_prefix="MEDUSA_",
-        env_ignore_empty=True,
         protected_namespaces=(),
         cli_prog_name="medusa-serve serve",
         cli_kebab_case=True,
@@ -140,7 +143,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """First wins; the flags come before all of these."""
-        return init_settings, env_settings, _YamlFile(settings_cls)
+        return init_settings, EnvSettingsSource(settings_cls, env_ignore_empty=True), _YamlFile(settings_cls)
 
     @property
     def model_name(self) -> str:
@@ -175,6 +178,8 @@ class Settings(BaseSettings):
         keys = given + (() if self.api_key_file is None else _read_keys(self.api_key_file))
         if self.max_concurrent_requests_per_key is not None and not keys:
             raise StartupError("--max-concurrent-requests-per-key needs API keys: pass --api-key or --api-key-file.")
+        if not all(key.strip() for key in keys):
+            raise StartupError("An API key is empty: give each its letters and digits, or leave it out.")
         if not all(key.isascii() and key.isprintable() for key in keys):
             raise StartupError("An API key has characters that no header can carry: use letters and digits.")
         return DoorOptions(
@@ -202,6 +207,8 @@ class _YamlFile(YamlConfigSettingsSource):
 
 def load(argv: Sequence[str]) -> Settings:
     """Settings from flags, environment and file. `--help` prints and leaves. Raises StartupError."""
+    if os.environ.get("MEDUSA_API_KEY"):
+        raise StartupError("MEDUSA_API_KEY is not read, and the server would be open: set MEDUSA_API_KEYS.")
     try:
         return CliApp.run(Settings, cli_args=list(argv))
     except SettingsError as error:

@@ -36,7 +36,7 @@ class Visit:
     route: str | None = None
     is_stream: bool = False
     is_complete: bool = False  # the last byte was sent
-    error: str | None = None  # code or type of the error that was told
+    error: str | None = None  # code of the error that was told
     key: str | None = None  # the name of the API key
     num_bytes: int = 0  # of the body
     num_prompt_tokens: int | None = None
@@ -59,7 +59,7 @@ def current() -> Visit | None:
 def note_error(error: MedusaError) -> None:
     """For the access log: the client is told of `error`."""
     if (visit := current()) is not None:
-        visit.error = error.code or error.type
+        visit.error = error.code
 
 
 class HttpMiddleware:

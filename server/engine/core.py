@@ -3,11 +3,14 @@
 Invariants:
 - every submitted request gets exactly one terminal delta, from `step`, `abort` or `shutdown`;
 - between steps, `scheduler.check()` holds;
+- a request that the runner fails on ends with an error, and no other does; only if `runner.check` says that nobody can
+  be served any more does the engine end;
 - while there is work, every second of the process is in exactly one step's `step_seconds` or `message_seconds`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,6 +18,7 @@ from time import monotonic
 from typing import ParamSpec, Protocol, TypeVar
 
 from server.engine.controller import Controller
+from server.engine.guard import FAILED, guarded
 from server.engine.messages import (
     DRAFT_SOURCES,
     Delta,
@@ -31,6 +35,8 @@ from server.engine.scheduler import Scheduler
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 
 class ModelRunner(Protocol):
@@ -55,6 +61,9 @@ class ModelRunner(Protocol):
 
     def kernel_seconds(self) -> float:
         """Seconds spent in kernels since this was last asked; 0.0 if nobody counts them."""
+
+    def check(self) -> None:
+        """Raises if nobody can be served any more."""
 
     def forget(self, request: Request) -> None:
         """Drop all state of a request that ended or was preempted."""
@@ -89,7 +98,11 @@ class Engine:
 
     def submit(self, submit: Submit) -> Delta | None:
         """Queue a request. Returns its terminal delta if it can never run."""
-        error = self._refusal(submit)
+        try:
+            error = self._refusal(submit)
+        except Exception:
+            logger.exception("A request could not be judged.")
+            error = FAILED
         if error is not None:
             return Delta(submit.request_id, finish="error", error=error)
         request = Request(submit, self._num_arrived, self._clock())
@@ -120,7 +133,7 @@ class Engine:
             request.first_scheduled_time = started
         self._model_seconds = 0.0
         self._grow_trees(works)
-        outcomes = self._timed(self.runner.run, works) if works else []
+        outcomes = self._run(works)
         deltas = [self._update(work, outcome) for work, outcome in zip(works, outcomes, strict=True)]
         now = self._clock()
         self._left_at = now if self.has_work else None
@@ -136,6 +149,15 @@ class Engine:
             said = {delta.request_id for delta in news}
             news += [Delta(request.id) for request in begun if request.id not in said]
         return StepOutput(tuple(news), stats)
+
+    def _run(self, works: Sequence[Work]) -> list[Outcome | None]:
+        """What the runner finds; None for whom it has failed on."""
+        sound = [work for work in works if not work.has_failed]
+        found = iter(guarded(lambda some: self._timed(self.runner.run, some), sound, self.runner.check))
+        return [None if work.has_failed else next(found) for work in works]
+
+    def _can_draft(self, requests: Sequence[Request]) -> list[bool]:
+        return [self.runner.can_draft(request) for request in requests]
 
     def _timed(self, call: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Result:
         """Call the runner, and count the seconds."""
@@ -164,7 +186,8 @@ class Engine:
         if not self.scheduler.has_prompts:
             return 0
         decoding = [request for request in self.scheduler.running if request.num_remaining == 1]
-        drafting = [request for request in decoding if self.runner.can_draft(request)]
+        can_draft = guarded(self._can_draft, decoding, self.runner.check)
+        drafting = [request for request, can in zip(decoding, can_draft, strict=True) if can]
         return sum(self._allot(drafting, self._max_rows // 2))
 
     def _allot(self, requests: Sequence[Request], row_budget: int) -> list[int]:
@@ -172,24 +195,37 @@ class Engine:
 
     def _grow_trees(self, works: Sequence[Work]) -> None:
         """Draft for decoding requests and hang the trees below their roots."""
-        drafting = [work for work in works if work.reaches_end and self.runner.can_draft(work.request)]
+        ending = [work for work in works if work.reaches_end]
+        can_draft = guarded(self._can_draft, [work.request for work in ending], self.runner.check)
+        for work, can in zip(ending, can_draft, strict=True):
+            work.has_failed = can is None
+        drafting = [work for work, can in zip(ending, can_draft, strict=True) if can]
         requests = [work.request for work in drafting]
         rows_left = self.scheduler.rows_left
         num_nodes = self._allot(requests, rows_left)
         num_forced = self._controller.allot_forced(requests, num_nodes, rows_left - sum(num_nodes))
         chosen = [i for i in range(len(requests)) if num_nodes[i] + num_forced[i] > 0]
-        drafts = self._timed(
-            self.runner.draft,
-            [requests[i] for i in chosen],
-            [num_nodes[i] for i in chosen],
-            [num_forced[i] for i in chosen],
-        )
-        for i, draft in zip(chosen, drafts, strict=True):
-            self.scheduler.place(drafting[i], draft)
 
-    def _update(self, work: Work, outcome: Outcome) -> Delta | None:
+        def draft(some: Sequence[int]) -> list[Draft]:
+            return self._timed(
+                self.runner.draft,
+                [requests[i] for i in some],
+                [num_nodes[i] for i in some],
+                [num_forced[i] for i in some],
+            )
+
+        for i, found in zip(chosen, guarded(draft, chosen, self.runner.check), strict=True):
+            if found is None:
+                drafting[i].has_failed = True
+            else:
+                self.scheduler.place(drafting[i], found)
+
+    def _update(self, work: Work, outcome: Outcome | None) -> Delta | None:
         """Commit what one request has won in this step, and end it if that was all."""
         request = work.request
+        if outcome is None:
+            self.scheduler.withdraw(work)
+            return self._end(request, Delta(request.id, error=FAILED), "error")
         self.scheduler.commit(work, outcome.path)
         prompt_logprobs = self._collect_prompt_logprobs(request, outcome)
         if not work.reaches_end:

@@ -155,15 +155,15 @@ class Work:
     node_sources: tuple[DraftSource, ...] = ()
     prediction_start: int = 0  # as in `Draft`
     accepted: tuple[int, ...] = ()  # nodes accepted and emitted, known after the step
+    has_failed: bool = False  # the runner cannot draft for it
+    reaches_end: bool = field(init=False)  # the chain ends with the last known token, so its last row is sampled from
+
+    def __post_init__(self) -> None:
+        self.reaches_end = self.start + len(self.chain_slots) == len(self.request.tokens)
 
     @property
     def num_chain(self) -> int:
         return len(self.chain_slots)
-
-    @property
-    def reaches_end(self) -> bool:
-        """The chain ends with the last known token, so its last row is sampled from."""
-        return self.start + len(self.chain_slots) == len(self.request.tokens)
 
     def count_speculation(self) -> None:
         """Add this step's nodes to the request's sums."""

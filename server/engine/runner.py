@@ -90,7 +90,9 @@ class Runner:
                 heads = PackedHeads(heads) if isinstance(heads, ResBlockHeads) else heads
         except (BackboneError, CheckpointError) as error:
             raise StartupError(str(error)) from error
-        return cls(backbone, heads, config)
+        runner = cls(backbone, heads, config)
+        runner.grammars.prepare()
+        return runner
 
     def refusal(self, submit: Submit) -> str | None:
         """Why this request cannot run: its grammar does not compile. What compiles stays compiled for a while."""
@@ -111,6 +113,10 @@ class Runner:
     def kernel_seconds(self) -> float:
         """Seconds spent in C kernels since this was last asked."""
         return take_seconds()
+
+    def check(self) -> None:
+        """Raises if the device is lost: it then fails on everything."""
+        torch.ones(1, device=self.device).item()
 
     def forget(self, request: Request) -> None:
         self._hidden.pop(request.id, None)

@@ -96,6 +96,10 @@ class Scheduler:
             self._share(request)
         request.slots.extend(kept)
 
+    def withdraw(self, work: Work) -> None:
+        """Forget what a step that failed may have left in its slots."""
+        self.slots.release([*work.chain_slots, *work.node_slots])
+
     def finish(self, request: Request) -> None:
         """Forget a request, wherever it is; what it computed stays in the prefix cache."""
         if request.prefix_node is None:

@@ -34,7 +34,7 @@ class ErrorDetails(Answer):
     message: str = Field(description="What is wrong, and what to do.")
     type: str = Field(description="`invalid_request_error`, `server_error`, ...")
     param: str | None = Field(description="The field at fault, if there is one.")
-    code: str | None = Field(description="A word for programs, such as `context_length_exceeded`.")
+    code: str = Field(description="A word for programs, such as `context_length_exceeded`.")
 
 
 class ErrorAnswer(Answer):

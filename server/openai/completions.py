@@ -45,12 +45,25 @@ async def create_completion(request: CompletionRequest, http: Request, service: 
         scores_prompt=request.echo and request.logprobs is not None,
         token_ids=request.return_token_ids,
     )
-    generation = Generation(service, submits, options, arrival, echoes)
-    if _num_choices(request) > request.n:
-        generation = BestOf(service, submits, options, arrival, echoes, best_of=_num_choices(request), n=request.n)
+    generation = _generation(request, service, submits, options, arrival, echoes)
     prompts = [submit.prompt for submit in submits if submit.sampling.choice < request.n]
     shape = CompletionShape(service.tokenizer, request, prompts)
     return await Reply(reply_id, service.model_name, generation, shape).respond(http, request)
+
+
+def _generation(
+    request: CompletionRequest,
+    service: Service,
+    submits: list[Submit],
+    options: TextOptions,
+    arrival: float,
+    echoes: list[str],
+) -> Generation:
+    """Making it admits its choices."""
+    best_of, n = _num_choices(request), request.n
+    if best_of == n:
+        return Generation(service, submits, options, arrival, echoes)
+    return BestOf(service, submits, options, arrival, echoes, best_of=best_of, n=n)
 
 
 def _check(request: CompletionRequest) -> None:

@@ -1,7 +1,7 @@
 """Everything that can go wrong with a request, as OpenAI's error object.
 
 Invariants:
-- every response that is no success has the body `{"error": {message, type, param, code}}`, `code` a string or null,
+- every response that is no success has the body `{"error": {message, type, param, code}}`, `code` a string,
   also where middleware or a bug is the reason;
 - the body is ASCII: a client's own malformed text can be sent back to it.
 """
@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from server.errors import InternalError, InvalidRequestError, MedusaError
+from server.openai.schema.body import UnsupportedError
 from server.visit import HttpMiddleware, current, note_error
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "The request is at fault: OpenAI's error object.", "content": _ERROR},
     "5XX": {"description": "The server is at fault: OpenAI's error object.", "content": _ERROR},
 }
+_CODES = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}  # of pydantic's kinds
 
 
 def install(app: FastAPI) -> None:
@@ -65,8 +67,8 @@ async def _on_validation(http: Request, error: Exception) -> Response:
     first = error.errors()[0]
     if not _is_json(http) and first["loc"] == ("body",) and first["type"] != "missing":
         message = 'The body is not declared as JSON; send the header "Content-Type: application/json".'
-        return _response(InvalidRequestError(message), 415)
-    return _response(explain(first))
+        return _response(InvalidRequestError(message, code="unsupported_media_type"), 415)
+    return _response(explain(first, error.body))
 
 
 async def _on_http(http: Request, error: Exception) -> Response:
@@ -75,10 +77,11 @@ async def _on_http(http: Request, error: Exception) -> Response:
         return _response(error.__cause__)
     where = f"{http.method} {http.url.path}"
     known = {
-        404: (f"Invalid URL ({where}); there is no such route.", None),
+        400: ("The body cannot be read: it must be JSON, in UTF-8, and not nested too deeply.", "invalid_json"),
+        404: (f"Invalid URL ({where}); there is no such route.", "unknown_url"),
         405: (f"Not allowed: {where}; use another method.", "method_not_supported"),
     }
-    message, code = known.get(error.status_code, (str(error.detail), None))
+    message, code = known.get(error.status_code, (str(error.detail), "invalid_request"))
     return _response(InvalidRequestError(message, code=code), error.status_code, error.headers)
 
 
@@ -97,20 +100,47 @@ def _is_json(http: Request) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
-def explain(error: Mapping[str, Any]) -> InvalidRequestError:
-    """One of pydantic's errors in OpenAI's words."""
+def explain(error: Mapping[str, Any], body: Any = None) -> InvalidRequestError:
+    """One of pydantic's errors in OpenAI's words. `body` is what the client sent, if it is known."""
     kind, loc = error["type"], error["loc"][1:]
     if kind == "json_invalid":
-        return InvalidRequestError(f"The body is not valid JSON: {error['ctx']['error']} at position {loc[0]}.")
-    param = _path(loc)
+        message = f"The body is not valid JSON: {error['ctx']['error']} at position {loc[0]}."
+        return InvalidRequestError(message, code="invalid_json")
+    param, code = _path(loc if body is None else _sent(loc, body, kind)), _code(error)
     if kind == "extra_forbidden":
-        return InvalidRequestError(f"Unrecognized request argument supplied: {param}.", param=param)
+        return InvalidRequestError(f"Unrecognized request argument supplied: {param}.", param=param, code=code)
     if param is None and kind != "value_error":
-        return InvalidRequestError("The body must be a JSON object.")
+        return InvalidRequestError("The body must be a JSON object.", code="invalid_type")
     if kind == "missing":
-        return InvalidRequestError(f"Missing required parameter: '{param}'.", param=param)
+        return InvalidRequestError(f"Missing required parameter: '{param}'.", param=param, code=code)
     reason = str(error["ctx"]["error"]) if kind == "value_error" else error["msg"]
-    return InvalidRequestError(f"Invalid '{param or 'body'}': {reason[:1].lower()}{reason[1:]}.", param=param)
+    message = f"Invalid '{param or 'body'}': {reason[:1].lower()}{reason[1:]}."
+    return InvalidRequestError(message, param=param, code=code)
+
+
+def _code(error: Mapping[str, Any]) -> str:
+    """OpenAI's word for one of pydantic's errors."""
+    kind = error["type"]
+    if kind == "value_error" and isinstance(error["ctx"]["error"], UnsupportedError):
+        return "unsupported_value"
+    return _CODES.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
+
+
+def _sent(loc: Sequence[str | int], body: Any, kind: str) -> list[str | int]:
+    """The parts of `loc` that are in the body, and the field that is missing: others are pydantic's names of types."""
+    found: list[str | int] = []
+    for part in loc:
+        if _has(body, part):
+            found, body = [*found, part], body[part]
+        elif kind == "missing" and part is loc[-1]:
+            found = [*found, part]
+    return found
+
+
+def _has(body: Any, part: str | int) -> bool:
+    if isinstance(body, list):
+        return isinstance(part, int) and part < len(body)
+    return isinstance(body, dict) and part in body
 
 
 def _path(loc: Sequence[str | int]) -> str | None:

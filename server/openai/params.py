@@ -20,7 +20,6 @@ from server.openai.words import bad_words, check_possible
 from server.text.prompt import Tokenizer
 
 MIN_TEMPERATURE = 1e-5  # below it, greedy, as in vLLM: the scaled logits would overflow
-MAX_LOGIT_BIAS = 1024  # entries; each costs time at every node of the tree
 
 
 def build_submits(
@@ -55,7 +54,7 @@ def build_submits(
     predicted = tuple(prediction[: info.max_model_len])
     submits: list[Submit] = []
     for whole in prompts:
-        prompt = _truncated(whole, request.truncate_prompt_tokens, info, max_tokens, default_max_tokens)
+        prompt = tuple(_truncated(whole, request.truncate_prompt_tokens, info, max_tokens, default_max_tokens))
         limit = _token_limit(len(prompt), max_tokens, default_max_tokens, info.max_model_len, param)
         if request.min_tokens > limit:
             raise InvalidRequestError(
@@ -64,7 +63,7 @@ def build_submits(
         for choice in range(num_choices or request.n):
             sampling = replace(same, max_tokens=limit, choice=choice)
             name = f"{request_id}-{len(submits)}"
-            submits.append(Submit(name, tuple(prompt), sampling, speculation, request.priority, predicted))
+            submits.append(Submit(name, prompt, sampling, speculation, request.priority, predicted))
     return submits
 
 
@@ -101,7 +100,7 @@ def _sampling_params(request: GenerationRequest, info: ModelInfo, tokenizer: Tok
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
         seed=secrets.randbits(63) if request.seed is None else request.seed,
-        allowed_token_ids=None if allowed is None else tuple(allowed),
+        allowed_token_ids=None if allowed is None else tuple(dict.fromkeys(allowed)),
         bad_words=words,
     )
 
@@ -139,9 +138,6 @@ def speculation_params(options: SpeculationOptions) -> SpeculationParams:
 
 
 def _logit_bias(bias: dict[str, float], info: ModelInfo) -> tuple[tuple[int, float], ...]:
-    if len(bias) > MAX_LOGIT_BIAS:
-        message = f"logit_bias names {len(bias)} tokens; at most {MAX_LOGIT_BIAS} are allowed."
-        raise InvalidRequestError(message, param="logit_bias")
     for key in bias:
         if not (key.isascii() and key.isdigit()):
             raise InvalidRequestError(f"The keys of logit_bias are token ids; {key!r} is none.", param="logit_bias")

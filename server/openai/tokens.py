@@ -27,7 +27,7 @@ class TokenizeRequest(RequestBody):
     model: str | None = Field(default=None, description="The served model, if absent.")
     prompt: str | None = Field(default=None, description="A text, as for /v1/completions.")
     messages: list[Message] | None = Field(
-        default=None, min_length=1, description="A conversation, as for /v1/chat/completions."
+        default=None, min_length=1, fail_fast=True, description="A conversation, as for /v1/chat/completions."
     )
     add_special_tokens: bool | None = Field(
         default=None,
@@ -53,7 +53,7 @@ class DetokenizeRequest(RequestBody):
     """Tokens."""
 
     model: str | None = Field(default=None, description="The served model, if absent.")
-    tokens: list[Annotated[int, Field(ge=0)]] = Field(description="Token ids.")
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(fail_fast=True, description="Token ids.")
 
 
 @router.post("/tokenize", summary="Text to tokens")
@@ -61,9 +61,13 @@ async def tokenize(request: TokenizeRequest, service: ServiceDep) -> TokenizeAns
     """The tokens that the model would see, special ones included."""
     service.check_model(request.model)
     tokens = await service.threads.run(_encode, request, service)
-    names = [service.tokenizer.token_name(token) for token in tokens] if request.return_token_strs else None
+    names = await service.threads.run(_names, tokens, service) if request.return_token_strs else None
     room = service.engine.info.max_model_len
     return TokenizeAnswer(count=len(tokens), max_model_len=room, tokens=tokens, token_strs=names)
+
+
+def _names(tokens: list[int], service: Service) -> list[str]:
+    return [service.tokenizer.token_name(token) for token in tokens]
 
 
 def _encode(request: TokenizeRequest, service: Service) -> list[int]:

@@ -35,8 +35,8 @@ def of_regex(regex: str) -> str:
 
 
 def of_choices(choices: Sequence[str]) -> str:
-    """One of the texts."""
-    return "start: " + " | ".join(map(literal, choices))
+    """One of the texts. As a terminal: as a rule, thousands of them would be too many for the parser at a time."""
+    return "start: CHOICE\nCHOICE: " + " | ".join(map(literal, choices))
 
 
 def of_grammar(grammar: str) -> str:

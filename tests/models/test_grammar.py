@@ -12,6 +12,7 @@ from json_tokens import EOS, VOCAB_SIZE, json_tokenizer
 from llguidance import LLMatcher
 
 from models.grammar import GrammarError, Grammars, GrammarState, unpack
+from server.text.grammar import of_choices
 
 TOKENIZER = json_tokenizer()
 GRAMMARS = Grammars(TOKENIZER.to_str(), [EOS])
@@ -129,6 +130,16 @@ def test_a_tokenizer_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
         Grammars(tmp_path / "tokenizer.json", [EOS]).start(JSON)
 
 
+def test_the_tokenizer_can_be_read_before_the_first_grammar(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    Grammars(file, [EOS]).prepare()  # there is none: no grammar can be used, and nothing else is wrong
+    file.write_text(TOKENIZER.to_str())
+    grammars = Grammars(file, [EOS])
+    grammars.prepare()
+    file.unlink()
+    assert grammars.start(JSON).mask(()) is not None
+
+
 def test_a_byte_level_decoder_is_seen_within_a_sequence(tmp_path: Path) -> None:
     content = json.loads(TOKENIZER.to_str())
     content["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, content["decoder"]]}
@@ -136,3 +147,12 @@ def test_a_byte_level_decoder_is_seen_within_a_sequence(tmp_path: Path) -> None:
     file.write_text(json.dumps(content))
     hidden = Grammars(file, [EOS]).start('start: "a b"')
     assert allowed(hidden, tuple(ids("a"))) == allowed(GRAMMARS.start('start: "a b"'), tuple(ids("a")))
+
+
+def test_thousands_of_choices_are_not_too_complex() -> None:
+    choices = [f'"count": {n}' for n in range(4000)]
+    state = GRAMMARS.start(of_choices([*choices, '"count": 1 and more']))
+    output = ids('"count": 17')
+    assert all(state.mask(tuple(output[:n])) is not None for n in range(len(output)))
+    state.advance(output)
+    assert allowed(state) == {EOS, *(ids(str(n))[0] for n in range(10))}

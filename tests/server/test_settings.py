@@ -93,6 +93,9 @@ def test_keys_come_from_flags_environment_and_file(tmp_path: Path, monkeypatch: 
     ("flags", "sentence"),
     [
         (["--api-key", "sécret"], "characters that no header can carry"),
+        (["--api-key", ""], "api_keys cannot be what it is: .* empty"),
+        (["--api-key", ","], "api_keys cannot be what it is: .* empty"),
+        (["--api-key-file", ""], "Cannot read the API keys"),
         (["--api-key-file", "/nowhere"], "Cannot read the API keys /nowhere"),
         (["--api-key-file", "/dev/null"], "/dev/null holds no API key"),
         (["--max-concurrent-requests-per-key", "2"], "needs API keys"),
@@ -102,6 +105,26 @@ def test_keys_that_cannot_be(flags: list[str], sentence: str) -> None:
     with pytest.raises(StartupError, match=sentence) as caught:
         load(flags).door_options()
     assert "cret" not in caught.value.message
+
+
+@pytest.mark.parametrize("content", ['api_keys: [""]', 'api_keys: [secret, " "]', 'api_keys: ""'])
+def test_empty_keys_in_a_file_open_nothing(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "medusa.yaml"
+    file.write_text(content)
+    with pytest.raises(StartupError, match="empty") as caught:
+        load(["--config", str(file)]).door_options()
+    assert "secret" not in caught.value.message
+
+
+def test_an_empty_variable_is_not_set_and_a_like_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDUSA_API_KEYS", "")
+    monkeypatch.setenv("MEDUSA_API_KEY_FILE", "")
+    assert load([]).door_options().api_keys == ()
+    with pytest.raises(StartupError, match="empty"):
+        load(["--api-key", ""]).door_options()
+    monkeypatch.setenv("MEDUSA_API_KEY", "sk-a")
+    with pytest.raises(StartupError, match="MEDUSA_API_KEYS"):
+        load([])
 
 
 def test_a_wrong_key_is_not_repeated(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ async def test_large_work_is_bounded_and_small_work_passes_it() -> None:
     with visited(LARGE_BYTES - 1):
         assert await threads.run(lambda: "small") == "small"
     large[-1].cancel()
+    await asyncio.wait(large[-1:])  # until then a thread that is free may still begin it
     gate.set()
     results = await asyncio.gather(*large, return_exceptions=True)
     assert results[:-1] == [LARGE_BYTES] * (NUM_LARGE + 2)

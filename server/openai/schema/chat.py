@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from server.openai.schema.body import Body
+from server.openai.schema.body import Body, UnsupportedError
 from server.openai.schema.common import MAX_LOGPROBS, GenerationRequest, refused
 from server.openai.schema.tools import MAX_TOOLS, Tool, ToolCall, ToolChoice
 
@@ -17,7 +17,7 @@ def _text(value: Any) -> Any:
         return value
     for part in value:
         if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
-            raise ValueError('only parts of the form {"type": "text", "text": "..."} can be read by this model')
+            raise UnsupportedError('only parts of the form {"type": "text", "text": "..."} can be read by this model')
         if not isinstance(part["text"], str):
             raise ValueError("the text of a content part must be a string")
     return "\n".join(part["text"] for part in value)
@@ -25,7 +25,7 @@ def _text(value: Any) -> Any:
 
 def _no_functions(value: list[Any]) -> list[Any]:
     if value:
-        raise ValueError("not supported: it is the old name of tools; send tools and tool_choice")
+        raise UnsupportedError("not supported: it is the old name of tools; send tools and tool_choice")
     return value
 
 
@@ -40,7 +40,9 @@ class Message(Body):
     )
     name: str | None = Field(default=None, description="The speaker's name, handed to the chat template.")
     tool_calls: list[ToolCall] = Field(
-        default_factory=list, description="Of an assistant: the calls that it asked for. Default: none."
+        default_factory=list,
+        fail_fast=True,
+        description="Of an assistant: the calls that it asked for. Default: none.",
     )
     tool_call_id: str | None = Field(default=None, description="Of a tool: the call whose result this is.")
 
@@ -76,7 +78,9 @@ class Prediction(Body):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, description="The conversation so far, at least one message.")
+    messages: list[Message] = Field(
+        min_length=1, fail_fast=True, description="The conversation so far, at least one message."
+    )
     max_completion_tokens: int | None = Field(
         default=None, ge=1, description="Most tokens of the answer, at least 1. Default: all that fit."
     )
@@ -113,7 +117,9 @@ class ChatRequest(GenerationRequest):
         default=None, description="Variables for the chat template (vLLM's). Default: none."
     )
     documents: list[dict[str, str]] | None = Field(
-        default=None, description="Variable of the chat template, refused if it has none (vLLM's). Default: none."
+        default=None,
+        fail_fast=True,
+        description="Variable of the chat template, refused if it has none (vLLM's). Default: none.",
     )
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         default=None, description="Variable of the chat template, refused if it has none. Default: the template's."
@@ -142,7 +148,9 @@ class ChatRequest(GenerationRequest):
         default=None, description="The older name of tool_choice; none or auto, which without functions mean the same."
     )
 
-    modalities: list[Literal["text"]] | None = Field(default=None, description='Only ["text"], the default.')
+    modalities: list[Literal["text"]] | None = Field(
+        default=None, fail_fast=True, description='Only ["text"], the default.'
+    )
     service_tier: Literal["auto", "default"] | None = Field(
         default=None, description="auto or default: there is one tier; see priority."
     )

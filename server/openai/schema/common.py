@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from server.engine.messages import SpeculationMode
-from server.openai.schema.body import Body
+from server.openai.schema.body import Body, UnsupportedError
 from server.openai.schema.structured import ResponseFormat, StructuredOutputs
 
 TOLERATED: Final = (
@@ -22,6 +22,8 @@ TOLERATED: Final = (
 MAX_STOPS: Final = 16
 MAX_CHOICES: Final = 128
 MAX_LOGPROBS: Final = 20
+MAX_METADATA: Final = 16
+MAX_LOGIT_BIAS: Final = 1024  # entries; each costs time at every node of the tree
 MAX_BAD_WORDS: Final = 1024  # each costs a look at every node of the tree
 MAX_TREE_NODES: Final = 63  # a tree has at most 64 rows, its root included
 
@@ -30,7 +32,7 @@ def refused(reason: str) -> BeforeValidator:
     """Of a known field whose every value but null is refused."""
 
     def refuse(value: Any) -> Any:
-        raise ValueError(f"not supported: {reason}")
+        raise UnsupportedError(f"not supported: {reason}")
 
     return BeforeValidator(refuse)
 
@@ -40,10 +42,21 @@ def refused_unless(only: object, reason: str) -> AfterValidator:
 
     def check(value: Any) -> Any:
         if value != only:
-            raise ValueError(f"only {json.dumps(only)} is supported: {reason}")
+            raise UnsupportedError(f"only {json.dumps(only)} is supported: {reason}")
         return value
 
     return AfterValidator(check)
+
+
+def at_most(count: int) -> BeforeValidator:
+    """Of a dictionary. Before its entries are looked at, each of which may have its own error."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            raise ValueError(f"it has {len(value)} entries; at most {count} are allowed")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _listed(value: Any) -> Any:
@@ -143,12 +156,15 @@ class GenerationRequest(RequestBody):
         description="Divides the positive logits, and multiplies the negative ones, of tokens that prompt or output "
         "have, 0.01 to 100. Default: 1.",
     )
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(MAX_LOGIT_BIAS)] = Field(
         default_factory=dict,
         description="Added to the logits of tokens, by token id, -100 to 100; at most 1024 tokens. Default: none.",
     )
     allowed_token_ids: list[int] | None = Field(
-        default=None, min_length=1, description="No other tokens are said (vLLM's). Default: all are allowed."
+        default=None,
+        min_length=1,
+        fail_fast=True,
+        description="No other tokens are said (vLLM's). Default: all are allowed.",
     )
     bad_words: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
@@ -222,7 +238,9 @@ class GenerationRequest(RequestBody):
     )
 
     user: str | None = Field(default=None, description="Tolerated: names the caller's user. No effect.")
-    metadata: dict[str, str] | None = Field(default=None, description="Tolerated: the caller's notes. No effect.")
+    metadata: Annotated[dict[str, str] | None, at_most(MAX_METADATA)] = Field(
+        default=None, description="Tolerated: the caller's notes, at most 16. No effect."
+    )
     store: bool | None = Field(default=None, description="Tolerated: nothing is ever stored. No effect.")
     safety_identifier: str | None = Field(default=None, description="Tolerated: names the caller's user. No effect.")
     prompt_cache_key: str | None = Field(

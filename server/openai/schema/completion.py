@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, PlainValidator
 
+from server.openai.schema.body import UnsupportedError
 from server.openai.schema.common import MAX_CHOICES, MAX_LOGPROBS, GenerationRequest
 
 
@@ -30,7 +31,7 @@ def _prompt(value: Any) -> str | list[int]:
 
 def _no_suffix(value: str) -> str:
     if value:
-        raise ValueError("not supported: the model only continues a prompt")
+        raise UnsupportedError("not supported: the model only continues a prompt")
     return value
 
 

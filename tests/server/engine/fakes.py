@@ -42,6 +42,9 @@ class FakeRunner:
     def can_draft(self, request: Request) -> bool:
         return self.copies or request.id in self.ready
 
+    def check(self) -> None:
+        return
+
     def kernel_seconds(self) -> float:
         return 0.0
 

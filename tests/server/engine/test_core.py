@@ -220,7 +220,16 @@ def test_trees_go_on_while_a_long_prompt_is_computed() -> None:
     engine.submit(submit("long", [3] * 200, 2, ignore_eos=True))
     stats = [engine.step().stats for _ in range(5)]
     assert all(step.num_draft_tokens > 0 for step in stats)
-    assert all(step.num_prompt_rows > 0 for step in stats)
+    assert all(step.num_prompt_rows == step.num_rows - step.num_draft_tokens - 1 > 0 for step in stats)
+
+
+@pytest.mark.parametrize("num_nodes", [0, 10])
+def test_a_step_that_only_decodes_has_no_prompt_rows(num_nodes: int) -> None:
+    engine = make_engine(num_nodes=num_nodes)
+    engine.submit(submit("a", [1, 2, 3], 20, ignore_eos=True))
+    assert engine.step().stats.num_prompt_rows == 2
+    while engine.has_work:
+        assert engine.step().stats.num_prompt_rows == 0
 
 
 def test_guesses_beyond_the_end_are_not_counted() -> None:
@@ -409,8 +418,8 @@ def test_a_steps_seconds_are_told_by_part() -> None:
         first = engine.step().stats
         clock.now += 7  # sending
         second = engine.step().stats
-        assert [first.model_seconds, second.model_seconds] == [5, 5]
-        assert [first.step_seconds, second.step_seconds] == [5, 5]
+        assert [first.model_seconds, second.model_seconds] == [4, 5]  # nobody drafts in the first step
+        assert [first.step_seconds, second.step_seconds] == [4, 5]
         assert [first.kernel_seconds, second.kernel_seconds] == [3, 3]
         assert [first.message_seconds, second.message_seconds] == [0, 7]
         drain(engine)

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import httpx
 import pytest
-from scripted import ScriptedEngine, say
+from scripted import MODEL, ScriptedEngine, app_of, client_of, say
 
 from server.engine.messages import Delta, Submit, TokenLogprobs
+from server.options import DoorOptions, Limits
 
 LOGPROBS = {0: (-1.0, -1.0), 1: (-0.5,), 2: (-0.1, -0.2, -0.3), 3: (-3.0,), 4: (-0.5,)}  # of each choice's tokens
 
@@ -60,3 +61,14 @@ async def test_nothing_said_is_no_error(client: httpx.AsyncClient, engine: Scrip
     engine.script = lambda submit: say(submit, "")
     response = await client.post("/v1/completions", json={"prompt": "a", "best_of": 2, "max_tokens": 0})
     assert response.json()["choices"][0]["text"] == ""
+
+
+async def test_each_choice_is_admitted_once() -> None:
+    engine = ScriptedEngine(script)
+    app = app_of(engine, options=DoorOptions(limits=Limits(max_num_seqs=3, max_queued_requests=2)))
+    async with client_of(app) as client:
+        await post(client, engine, best_of=5, n=1)
+        refused = await client.post("/v1/completions", json={"prompt": "a", "best_of": 6})
+    assert refused.status_code == 400
+    text = app.state.service.metrics.render().decode()
+    assert f'medusa_request_params_max_tokens_count{{model_name="{MODEL}"}} 5.0' in text

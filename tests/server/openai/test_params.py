@@ -93,7 +93,7 @@ BAD = [
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
     ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
-    ({"stop": ""}, "stop[0]"),
+    ({"stop": ""}, "stop"),
     ({"stop": ["x"] * 17}, "stop"),
     ({"min_tokens": 17, "max_tokens": 16}, "min_tokens"),
     ({"n": 0}, "n"),

@@ -36,7 +36,10 @@ async def test_formats(client: httpx.AsyncClient, engine: ScriptedEngine, url: s
     anything = await grammar(client, engine, url, response_format={"type": "json_object"})
     assert anything is not None
     assert await grammar(client, engine, url, structured_outputs={"json_object": True}) == anything
-    assert await grammar(client, engine, url, structured_outputs={"choice": ["yes", "no"]}) == 'start: "yes" | "no"'
+    assert (
+        await grammar(client, engine, url, structured_outputs={"choice": ["yes", "no"]})
+        == 'start: CHOICE\nCHOICE: "yes" | "no"'
+    )
     assert "a+" in (await grammar(client, engine, url, structured_outputs={"regex": "a+"}) or "")
     lark = 'start: "a" | "b"'
     assert await grammar(client, engine, url, structured_outputs={"grammar": lark}) == lark
@@ -73,3 +76,11 @@ async def test_refused(
     assert sentence in error["message"]
     assert error["message"].endswith(".")
     assert engine.submits == []
+
+
+@pytest.mark.parametrize(("schema", "status"), [(True, 200), (False, 400)])
+@pytest.mark.parametrize("url", URLS)
+async def test_a_schema_may_be_a_word(client: httpx.AsyncClient, url: str, schema: bool, status: int) -> None:
+    response = await client.post(url, json={**URLS[url], **schema_format(schema)})
+    assert response.status_code == status, response.text
+    assert status == 200 or "Unsatisfiable" in response.json()["error"]["message"]
