@@ -36,7 +36,7 @@ class Program:
 def ours(name: str, arguments: Sequence[str]) -> Program:
     """`medusa-serve serve` with `arguments`."""
     command = (sys.executable, "-m", "server", "serve", "--host", "127.0.0.1", "--log-level", "warning")
-    return Program(name, (*command, *arguments))
+    return Program(name, (*command, "--no-access-log", *arguments))
 
 
 @dataclass(frozen=True, slots=True)

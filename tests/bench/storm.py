@@ -137,7 +137,9 @@ def _code(body: dict[str, Any], response: httpx.Response | None = None) -> str:
         raise Broken(f"an error of another shape: {body}")
     if response is not None and response.status_code in (429, 503) and "retry-after" not in response.headers:
         raise Broken(f"no Retry-After: {body}")
-    return error["code"] or error["type"]
+    if not isinstance(error["code"], str):
+        raise Broken(f"an error without a code: {body}")
+    return error["code"]
 
 
 def _whole_end(answer: dict[str, Any], n: int) -> str:

@@ -74,7 +74,7 @@ async def test_after_a_storm_everything_is_as_it_was(tmp_path: Path) -> None:
         assert await settle(url) < 2
         assert tally.broken == []
         assert tally.num_done == 400
-        assert {"answered", "left", "400 invalid_request_error", "429 rate_limit_exceeded"} <= tally.ends.keys()
+        assert {"answered", "left", "400 invalid_value", "429 rate_limit_exceeded"} <= tally.ends.keys()
         assert any("engine_dead" in end for end in tally.ends)
         admission = server.config.app.state.service.admission  # type: ignore[union-attr]
         assert (admission.num_open, admission.num_waiting, admission.num_waiting_tokens) == (0, 0, 0)
@@ -101,7 +101,9 @@ def test_what_is_no_answer_is_told() -> None:
         _whole_end({"choices": [{"finish_reason": None}]}, 1)
     with pytest.raises(Broken):
         _code({"error": {"message": "m"}})
-    error_body = {"error": {"message": "m", "type": "t", "param": None, "code": None}}
-    assert _code(error_body, httpx.Response(400)) == "t"
+    error_body = {"error": {"message": "m", "type": "t", "param": None, "code": "c"}}
+    assert _code(error_body, httpx.Response(400)) == "c"
+    with pytest.raises(Broken, match="without a code"):
+        _code({"error": error_body["error"] | {"code": None}}, httpx.Response(400))
     with pytest.raises(Broken, match="Retry-After"):
         _code(error_body, httpx.Response(503))
