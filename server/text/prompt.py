@@ -71,11 +71,6 @@ class Tokenizer:
         """Judges grammars over this tokenizer."""
         return GrammarChecker(sorted(self.added_tokens))
 
-    @cached_property
-    def template_lacks_tools(self) -> bool:
-        """Does the chat template show neither tools nor calls?"""
-        return self.template is not None and not knows_tools(self.template)
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` what the model expects around it, such as `<s>`."""
         batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)

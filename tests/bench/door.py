@@ -142,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     command.end_orderly()
     try:
-        with serving(ours("medusa-serve", ["--no-access-log", *args.rest]), start_seconds=args.start_timeout) as server:
+        with serving(ours("medusa-serve", args.rest), start_seconds=args.start_timeout) as server:
             asyncio.run(report(server.port, args))
     except BenchError as error:
         command.progress.print(f"error: {error}")

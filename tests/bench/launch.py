@@ -34,7 +34,7 @@ class Program:
 
 
 def ours(name: str, arguments: Sequence[str]) -> Program:
-    """`medusa-serve serve` with `arguments`."""
+    """`medusa-serve serve` with `arguments`, and without an access log among the results."""
     command = (sys.executable, "-m", "server", "serve", "--host", "127.0.0.1", "--log-level", "warning")
     return Program(name, (*command, "--no-access-log", *arguments))
 

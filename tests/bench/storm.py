@@ -241,7 +241,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def program(args: argparse.Namespace, folder: Path) -> Program:
     if not args.fake:
-        return ours("medusa-serve", ["--no-access-log", *args.rest])
+        return ours("medusa-serve", args.rest)
     from tests.bench.fake_engine import write_model
 
     write_model(folder)

@@ -129,7 +129,8 @@ class ChatRequest(GenerationRequest):
     )
     prediction: Prediction | None = Field(
         default=None,
-        description="Text that the answer will repeat in large parts, such as a file to be edited. Default: none.",
+        description="Text that the answer will repeat in large parts, such as a file to be edited. Under a grammar "
+        "(response_format, tools that are forced) nothing is copied from it. Default: none.",
     )
     tools: list[Tool] = Field(
         default_factory=list,
