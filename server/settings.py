@@ -85,10 +85,13 @@ class Settings(BaseSettings):
     kv_cache_tokens: int | None = Field(None, ge=1, description="tokens in the KV cache; by default from free memory")
     prefix_cache: bool = Field(True, description="reuse the KV of common prompt beginnings")
     num_nodes: int = Field(
-        4, ge=0, le=63, description="guessed tokens verified per request and step; 0 is plain decoding"
+        32, ge=0, le=63, description="guessed tokens verified per request and step, at most; 0 is plain decoding"
     )
-    speculative_disable_by_batch_size: int | None = Field(
-        None, ge=1, description="requests at a time from which none get guesses unless they ask; by default 2 on a CPU"
+    static_trees: bool = Field(
+        False, description="always verify --num-nodes guesses in one shape, whatever they cost and win; for comparison"
+    )
+    control_share: float = Field(
+        0.01, ge=0, lt=1, description="share of steps that decode plainly on purpose, to measure the speedup"
     )
     ngram: bool = Field(True, description="guess that the text repeats itself or its prompt, beside the heads' guesses")
     ngram_min: int = Field(2, ge=1, le=16, description="tokens that must match before a repeat is guessed")
@@ -164,7 +167,8 @@ class Settings(BaseSettings):
             kv_cache_tokens=self.kv_cache_tokens,
             prefix_cache=self.prefix_cache,
             num_nodes=self.num_nodes,
-            speculative_disable_by_batch_size=self.speculative_disable_by_batch_size,
+            static_trees=self.static_trees,
+            control_share=self.control_share,
             ngram=self.ngram,
             ngram_min=self.ngram_min,
             ngram_max=self.ngram_max,

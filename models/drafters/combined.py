@@ -1,6 +1,6 @@
-"""All guesses for the requests of a step: copied tokens, and the heads' where those leave room, as one tree each.
+"""All guesses for the requests of a step: copied tokens and the heads', as one tree each, best first.
 
-Invariant: the heads run once for all requests that ask them, and only for those.
+Invariant: the heads run at most twice, for all requests that ask them: once for trees, once for those with a grammar.
 
 Under a grammar the tree is grown by `constrained`, and nothing is copied.
 """
@@ -9,74 +9,89 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from models.constrained import grow
-from models.drafters.medusa import DraftRow, Heads, propose
-from models.drafters.resblock import DEFAULT_ACCURACIES, Accuracies
+from models.drafters.calibration import Calibration, Kind, by_value
+from models.drafters.medusa import DraftRow
+from models.drafters.parallel import Ask, Ranked
 from models.grammar import GrammarState
-from models.tree import Guess, draft_from_heads, merge
+from models.tree import Guess, merge
+
+NOTHING = Ranked([], [])
+
+
+class Drafter(Protocol):
+    """Who guesses from the model's hidden states."""
+
+    calibration: Calibration
+
+    def trees(self, asks: Sequence[Ask]) -> list[list[Guess]]:
+        """The best guesses for each, with calibrated values, best first."""
+
+    def ranked(self, asks: Sequence[Ask]) -> list[Ranked]:
+        """Candidates for trees that a grammar grows."""
+
+    def forget(self, request: str) -> None:
+        """Drop all state of a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
     """One request's tree: at most `num_nodes`, no deeper than `max_depth`."""
 
+    request: str
+    text: Sequence[int]  # prompt + output
+    kind: Kind
     num_nodes: int
     max_depth: int
     copied: Sequence[Guess]
     row: DraftRow
-    hidden: Tensor | None  # [hidden] of the last accepted row; without it the heads cannot guess
+    hidden: Tensor | None  # [hidden] of the last accepted row; without it nobody guesses but the copies
     grammar: GrammarState | None = None
     num_forced: int = 0  # nodes besides, for tokens that the grammar forces
 
 
-def combine(heads: Heads | None, wishes: Sequence[Wish]) -> list[list[Guess]]:
-    """The best guesses for each wish, best by value."""
-    if heads is None:
-        return [_tree(wish, (), []) for wish in wishes]
-    accuracies = (heads.accuracies or DEFAULT_ACCURACIES)[: heads.num_heads]
-    asking = [i for i, wish in enumerate(wishes) if _leaves_room(wish, accuracies[0][0])]
-    ranked = dict(zip(asking, _candidates(heads, accuracies, [wishes[i] for i in asking]), strict=True))
-    return [_tree(wish, accuracies, ranked.get(i, [])) for i, wish in enumerate(wishes)]
+def combine(drafter: Drafter | None, wishes: Sequence[Wish]) -> list[list[Guess]]:
+    """The best guesses for each wish, best first."""
+    free = [i for i, wish in enumerate(wishes) if wish.grammar is None]
+    bound = [i for i, wish in enumerate(wishes) if wish.grammar is not None]
+    trees: dict[int, list[Guess]] = {}
+    ranked: dict[int, Ranked] = {}
+    if drafter is not None:
+        asks = {i: ask for i, wish in enumerate(wishes) if (ask := _ask(wish)) is not None}
+        asking = [i for i in free if i in asks]
+        trees = dict(zip(asking, drafter.trees([asks[i] for i in asking]), strict=True))
+        asking = [i for i in bound if i in asks]
+        ranked = dict(zip(asking, drafter.ranked([asks[i] for i in asking]), strict=True))
+    return [
+        _constrained(wish, wish.grammar, ranked.get(i, NOTHING))
+        if wish.grammar is not None
+        else _merged(wish, trees.get(i, []))
+        for i, wish in enumerate(wishes)
+    ]
 
 
-def _tree(wish: Wish, accuracies: Accuracies, ranked: Sequence[Sequence[int]]) -> list[Guess]:
-    """`ranked`: the heads' candidates by depth and rank; none if they were not asked."""
-    if wish.grammar is not None:
-        return grow(
-            wish.grammar,
-            ranked,
-            accuracies,
-            num_guesses=wish.num_nodes,
-            num_forced=wish.num_forced,
-            max_depth=wish.max_depth,
-        )
-    from_heads = _from_heads(accuracies, ranked, wish) if ranked else []
-    return merge([wish.copied, from_heads], wish.num_nodes)
+def _ask(wish: Wish) -> Ask | None:
+    if wish.hidden is None or not wish.num_nodes:
+        return None
+    return Ask(wish.request, wish.text, wish.hidden, wish.row, wish.kind, wish.num_nodes, wish.max_depth)
 
 
-def _leaves_room(wish: Wish, value: float) -> bool:
-    """Would a guess of the heads, of this value and unlike the copied ones, be among the nodes?"""
-    if wish.num_nodes == 0:
-        return False
-    if wish.hidden is None or len(wish.copied) < wish.num_nodes:
-        return wish.hidden is not None
-    best = Guess(-1, -1, value, "heads")
-    return any(guess.source == "heads" for guess in merge([wish.copied, [best]], wish.num_nodes))
+def _merged(wish: Wish, guessed: list[Guess]) -> list[Guess]:
+    if not wish.copied:
+        return guessed
+    return by_value(merge([wish.copied, guessed], wish.num_nodes))
 
 
-def _candidates(heads: Heads, accuracies: Accuracies, wishes: Sequence[Wish]) -> list[list[list[int]]]:
-    """[wishes][depth][rank] token ids, best first."""
-    hidden = [wish.hidden for wish in wishes if wish.hidden is not None]
-    if not hidden:
-        return []
-    num_ranks = min(max(map(len, accuracies)), len(heads.token_ids))
-    return propose(heads, torch.stack(hidden), [wish.row for wish in wishes], num_ranks)
-
-
-def _from_heads(accuracies: Accuracies, ranked: Sequence[Sequence[int]], wish: Wish) -> list[Guess]:
-    reachable = tuple(depth[: len(ranked[0])] for depth in accuracies[: wish.max_depth])
-    return draft_from_heads(reachable, ranked, wish.num_nodes)
+def _constrained(wish: Wish, grammar: GrammarState, ranked: Ranked) -> list[Guess]:
+    return grow(
+        grammar,
+        ranked.tokens,
+        ranked.probabilities,
+        num_guesses=wish.num_nodes,
+        num_forced=wish.num_forced,
+        max_depth=wish.max_depth,
+    )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,10 +31,18 @@ class DraftRow:
     mask: Mask | None = None
 
 
-def propose(heads: Heads, hidden: Tensor, rows: Sequence[DraftRow], num_ranks: int) -> list[list[list[int]]]:
-    """The best `num_ranks` tokens of each depth.
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The best tokens of each depth, best first, and what the heads themselves give them: [rows, depths, ranks]."""
 
-    hidden: [rows, hidden] of each request's last accepted row. Returns [rows][depth][rank] token ids, best first.
+    tokens: np.ndarray[Any, np.dtype[np.int64]]
+    given: np.ndarray[Any, np.dtype[np.float64]]
+
+
+def propose(heads: Heads, hidden: Tensor, rows: Sequence[DraftRow], num_ranks: int) -> Candidates:
+    """The best `num_ranks` tokens of each depth, and their share of the softmax over the (perturbed) scores.
+
+    hidden: [rows, hidden] of each request's last accepted row.
     """
     logits = heads(hidden).float()  # [rows, heads, draft_vocab]
     for own, row in zip(logits, rows, strict=True):
@@ -42,9 +52,9 @@ def propose(heads: Heads, hidden: Tensor, rows: Sequence[DraftRow], num_ranks: i
     if noisy:
         index = torch.tensor(noisy, device=logits.device)
         logits[index] = _perturbed(logits[index], [rows[i] for i in noisy], heads.token_ids)
-    best = logits.topk(min(num_ranks, logits.shape[-1]), dim=-1).indices
-    candidates: list[list[list[int]]] = heads.token_ids[best].tolist()
-    return candidates
+    scores, best = logits.topk(min(num_ranks, logits.shape[-1]), dim=-1)
+    given = (scores - logits.logsumexp(-1, keepdim=True)).exp()
+    return Candidates(heads.token_ids[best].cpu().numpy(), given.double().cpu().numpy())
 
 
 def _perturbed(logits: Tensor, rows: Sequence[DraftRow], token_ids: Tensor) -> Tensor:

@@ -1,70 +1,265 @@
-"""How many tree nodes each request verifies in this step.
+"""How many tree nodes each request verifies in this step: as many as pay, by one rule for all requests together.
 
-For now a fixed number per request, and more where more tokens can be copied; cut evenly where rows or slots are short.
-Where many requests run there are none by default, save for copies that are all but sure. The interface is the one that
-a controller with measured step times will use (DESIGN.md section 6).
+The rule: nodes are taken in order of value (the probability that a node and all its ancestors are right) up to the
+number that makes the step's tokens per second greatest,
+
+    (decoding requests + sum of values taken) / seconds(rows + nodes taken),
+
+which is SmartSpec's goodput (arXiv 2406.14066) over dynamic trees. Seconds come from `cost`. Where the next row is free
+the best number lies beyond it, so steps and plateaus of the curve need no special care; at saturation it is 0.
+
+Whether the heads are asked at all is decided by the same rule from what they lately brought to such a batch and to this
+request, with the time of asking added; every now and then all are asked once more.
+
+Invariants:
+- the text does not depend on anything here;
+- a request's `max_nodes`, or else the server's number, is never exceeded but by tokens that a grammar forces, and with
+  them `max_nodes` is not;
+- of each draft a beginning is taken, so every node comes with its parent.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from random import Random
+from typing import Any, Final, NamedTuple
 
-from server.engine.request import Request
+import numpy as np
 
-MAX_NODES = 63  # with the root 64 rows
-SURE = 0.7  # a copy as likely as this pays in a crowd too
-MAX_FORCED = 15  # tokens that a grammar forces, per step: more of them pay as well, but rarely come together
+from server.engine.cost import CostModel, Floats, Load
+from server.engine.messages import Decision
+from server.engine.request import Draft, Request
+
+MAX_NODES: Final = 63  # with the root 64 rows
+MAX_FORCED: Final = 15  # tokens that a grammar forces, per step: more of them pay as well, but rarely come together
+MAX_OFFERED: Final = 512  # nodes that are looked at in one step; in a crowd no tree gets large
+LEAST_OFFERED: Final = 8  # by each request nevertheless
+NUM_DECISIONS: Final = 32  # kept for people
+PROBE_COST: Final = 0.005  # of the time: what asking the heads once more may cost while they do not pay
+PROBE_EVERY: Final = (8, 400)  # steps, at least and at most
+FORGETTING: Final = 0.05  # of a running estimate, with each step
+MAX_QUALITY: Final = 4.0
+NUM_BUCKETS: Final = 12
+
+Integers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Bound(NamedTuple):
+    """Nodes that one request may get at most."""
+
+    guesses: int
+    forced: int  # besides, for tokens that a grammar forces
+
+
+@dataclass(slots=True)
+class _Gain:
+    """What the heads lately brought to one request, in batches of one size."""
+
+    value: float = 1.0  # of the nodes taken; at first one token more for three rows, so that they are tried
+    nodes: float = 3.0
+    num_seen: int = 0
+
+    def learn(self, value: float, nodes: float) -> None:
+        self.num_seen += 1
+        rate = max(FORGETTING, 1 / (1 + self.num_seen))
+        self.value += rate * (value - self.value)
+        self.nodes += rate * (nodes - self.nodes)
+
+
+@dataclass(slots=True)
+class Drafting:
+    """Those who may get nodes in this step, in order."""
+
+    requests: list[Request]
+    bounds: list[Bound]
+    rooms: list[float]  # the probability that a guess of the heads would matter; 0 for whom they cannot guess
+    features: Floats  # [requests, features] of one more row of each
+    asks: list[bool] = field(default_factory=list)  # whom the heads guess for
+
+
+def bucket(num_decoding: int) -> int:
+    """Batches of about the same size: 1, 2, 3 to 4, 5 to 8, ..."""
+    return min(max(num_decoding - 1, 0).bit_length(), NUM_BUCKETS - 1)
+
+
+def bucket_name(index: int) -> str:
+    low, high = (1 << index - 1) + 1 if index else 1, 1 << index
+    if index == NUM_BUCKETS - 1:
+        return f"{low}+"
+    return str(high) if low == high else f"{low}-{high}"
 
 
 class Controller:
     """Hands out nodes."""
 
-    def __init__(self, num_nodes: int, disable_by_batch_size: int | None = None, *, has_heads: bool = True) -> None:
-        """From `disable_by_batch_size` drafting requests on, only those get nodes that ask for them or can copy surely.
+    def __init__(self, cost: CostModel, num_nodes: int, *, control_share: float = 0.0, seed: int = 0) -> None:
+        """With `num_nodes` 0 only those requests get nodes that ask for them, and tokens that are forced."""
+        self.cost = cost
+        self.decisions: deque[Decision] = deque(maxlen=NUM_DECISIONS)
+        self._num_nodes = num_nodes
+        self._control_share = control_share
+        self._random = Random(seed)
+        self._gains = [_Gain() for _ in range(NUM_BUCKETS)]
+        self._unasked_steps = 0  # since all were asked
+        self._nodes_per_request = float(min(num_nodes, 4))  # lately taken by those who could draft
 
-        With `num_nodes` 0 only those that ask. Without heads nobody gets more than could be copied.
-        """
-        self.num_nodes = num_nodes
-        self.disable_by_batch_size = disable_by_batch_size
-        self.has_heads = has_heads
+    def bounds(self, requests: Sequence[Request]) -> list[Bound]:
+        """What each request may get at most, in order."""
+        offered = max(MAX_OFFERED // max(len(requests), 1), LEAST_OFFERED)
+        return [self._bound(request, offered) for request in requests]
 
-    def allot(self, requests: Sequence[Request], row_budget: int, copied: Sequence[Sequence[float]]) -> list[int]:
-        """Nodes for each request, in order; together at most `row_budget`. Who wants little is served first.
-
-        `copied` holds, for each request, the probability of each token that it could copy.
-        """
-        is_crowded = self.disable_by_batch_size is not None and len(requests) >= self.disable_by_batch_size
-        wanted = [self._wanted(request, values, is_crowded) for request, values in zip(requests, copied, strict=True)]
-        allotted, left = [0] * len(requests), max(row_budget, 0)
-        by_wish = sorted(range(len(requests)), key=lambda i: wanted[i])
-        for served, i in enumerate(by_wish):
-            allotted[i] = min(wanted[i], left // (len(requests) - served))
-            left -= allotted[i]
-        return allotted
-
-    def allot_forced(self, requests: Sequence[Request], num_nodes: Sequence[int], row_budget: int) -> list[int]:
-        """Nodes besides `num_nodes` for tokens that a grammar forces. They are right, so a crowd changes nothing."""
-        wanted = [_wanted_forced(request, nodes) for request, nodes in zip(requests, num_nodes, strict=True)]
-        share = max(row_budget, 0) // max(sum(count > 0 for count in wanted), 1)
-        return [min(count, share) for count in wanted]
-
-    def _wanted(self, request: Request, copied: Sequence[float], is_crowded: bool) -> int:
+    def _bound(self, request: Request, offered: int) -> Bound:
         speculation = request.submit.speculation
         if speculation.mode == "off":
-            return 0
-        wanted = self._default(copied, is_crowded) if speculation.max_nodes is None else speculation.max_nodes
-        return min(wanted, MAX_NODES if self.has_heads else len(copied))
+            return Bound(0, 0)
+        limit = self._num_nodes if speculation.max_nodes is None else speculation.max_nodes
+        guesses = min(limit, MAX_NODES, offered)
+        if request.submit.sampling.grammar is None:
+            return Bound(guesses, 0)
+        most = MAX_NODES if speculation.max_nodes is None else min(speculation.max_nodes, MAX_NODES)
+        return Bound(guesses, max(min(MAX_FORCED, most - guesses), 0))
 
-    def _default(self, copied: Sequence[float], is_crowded: bool) -> int:
-        if not self.num_nodes:
-            return 0
-        if is_crowded:
-            return sum(value >= SURE for value in copied)
-        return max(self.num_nodes, len(copied))
+    def reserve(self, num_decoding: int, most: int) -> int:
+        """Rows that prompts leave to the trees of those who decode: what these lately took, and not more than `most`."""
+        return min(ceil(self._nodes_per_request * num_decoding), most)
+
+    def is_control_step(self) -> bool:
+        """Is this step to decode plainly, so that it is known what that costs?"""
+        return self._random.random() < self._control_share
+
+    def ask(self, load: Load, drafting: Drafting) -> list[bool]:
+        """Whom the heads are to guess for."""
+        able = [i for i, room in enumerate(drafting.rooms) if room > 0]
+        if not able:
+            return [False] * len(drafting.rooms)
+        chosen = set(able if self._is_probing(load, len(able)) else self._worth_asking(load, drafting))
+        self._unasked_steps = 0 if len(chosen) == len(able) else self._unasked_steps + 1
+        return [i in chosen for i in range(len(drafting.rooms))]
+
+    def _is_probing(self, load: Load, num_able: int) -> bool:
+        step, draft = self.cost.step_seconds(load), self.cost.draft_seconds(num_able)
+        most = draft / (PROBE_COST * step) if step > 0 else 0.0
+        return self._unasked_steps >= min(max(most, PROBE_EVERY[0]), PROBE_EVERY[1])
+
+    def _worth_asking(self, load: Load, drafting: Drafting) -> list[int]:
+        """The best number of requests, those first whom the heads bring most."""
+        weights = np.array([request.draft_quality for request in drafting.requests]) * np.array(drafting.rooms)
+        order = np.argsort(-weights, kind="stable")
+        order = order[weights[order] > 0]
+        if not self.cost.run.is_known:
+            return [int(i) for i in order]
+        gain = self._gains[bucket(load.num_decoding)]
+        values, nodes = gain.value * weights[order], np.minimum(gain.nodes * weights[order], MAX_NODES)
+        seconds = self._seconds(load, np.cumsum(nodes), np.cumsum(nodes[:, None] * drafting.features[order], axis=0))
+        seconds[1:] += self.cost.draft.at(np.arange(1.0, len(order) + 1))
+        tokens = _summed(values) + self._worth(load)
+        return [int(i) for i in order[: int(np.argmax(tokens / seconds))]]
+
+    def choose(self, load: Load, drafting: Drafting, drafts: Sequence[Draft], row_budget: int) -> list[int]:
+        """How many nodes of each draft are verified: together at most `row_budget`."""
+        num_asking = sum(drafting.asks)
+        values: Floats = np.array([value for draft in drafts for value in draft.values])
+        owners: Integers = np.repeat(np.arange(len(drafts)), [len(draft.values) for draft in drafts])
+        order = np.argsort(-values, kind="stable")[: max(row_budget, 0)]
+        taken = order[: self._best_number(load, values[order], drafting.features[owners[order]], num_asking)]
+        counts: list[int] = np.bincount(owners[taken], minlength=len(drafts)).tolist()
+        self._learn(load, drafting, drafts, counts)
+        self._note(load, num_asking, len(values), values[taken])
+        return counts
+
+    def note_control(self, load: Load) -> None:
+        """Remember that this step was plain on purpose."""
+        self.decisions.append(
+            Decision(load.num_decoding, load.num_rows, 0, 0, 0, None, float(load.num_decoding), is_control=True)
+        )
+
+    def _best_number(self, load: Load, values: Floats, features: Floats, num_asking: int) -> int:
+        """Of nodes, whose values fall."""
+        if not self.cost.run.is_known:
+            return len(values)
+        seconds = self._seconds(load, np.arange(1.0, len(values) + 1), np.cumsum(features, axis=0))
+        tokens = _summed(values) + self._worth(load)
+        return int(np.argmax(tokens / (seconds + self.cost.draft_seconds(num_asking))))
+
+    def _seconds(self, load: Load, more_rows: Floats, more_features: Floats) -> Floats:
+        """[1 + n]: of the step without trees, then with so many rows and their features more."""
+        rows = load.num_rows + np.concatenate([[0.0], more_rows])
+        features = load.features + np.concatenate([np.zeros((1, len(load.features))), more_features])
+        found: Floats = self.cost.run_seconds(rows, features) + self.cost.rest.at(load.num_decoding)
+        return found
+
+    def _worth(self, load: Load) -> float:
+        """Tokens that the step is worth without trees.
+
+        Rows of prompts count as many tokens as plain decoding would make in their time, so that a node has to pay as
+        it would without them and does not live on the time that they take anyway.
+        """
+        if load.is_pure:
+            return float(load.num_decoding)
+        return load.num_decoding * self.cost.step_seconds(load) / self.cost.step_seconds(load.decoding())
+
+    def _learn(self, load: Load, drafting: Drafting, drafts: Sequence[Draft], counts: Sequence[int]) -> None:
+        """What the heads brought to those who asked, where there was room for it."""
+        self._nodes_per_request += FORGETTING * (sum(counts) / max(len(counts), 1) - self._nodes_per_request)
+        asking = [i for i, asks in enumerate(drafting.asks) if asks]
+        if not asking:
+            return
+        values, nodes = zip(*(_brought(drafts[i], counts[i]) for i in asking), strict=True)
+        room = sum(drafting.rooms[i] for i in asking)
+        mean = sum(values) / room
+        self._gains[bucket(load.num_decoding)].learn(mean, sum(nodes) / room)
+        if mean > 0:
+            for i, value in zip(asking, values, strict=True):
+                request, quality = drafting.requests[i], value / drafting.rooms[i] / mean
+                request.draft_quality += FORGETTING * (min(quality, MAX_QUALITY) - request.draft_quality)
+
+    def _note(self, load: Load, num_asking: int, num_offered: int, values: Floats) -> None:
+        least = float(values[-1]) if len(values) else None
+        expected = load.num_decoding + float(values.sum())
+        self.decisions.append(
+            Decision(
+                load.num_decoding,
+                load.num_rows,
+                num_asking,
+                num_offered,
+                len(values),
+                least,
+                expected,
+                is_control=False,
+            )
+        )
 
 
-def _wanted_forced(request: Request, num_nodes: int) -> int:
-    if request.submit.sampling.grammar is None or request.submit.speculation.mode == "off":
-        return 0
-    limit = request.submit.speculation.max_nodes
-    return min(MAX_FORCED, (MAX_NODES if limit is None else limit) - num_nodes)
+class StaticController(Controller):
+    """Everybody gets all they may, cut evenly where rows or slots are short: for comparison."""
+
+    def ask(self, load: Load, drafting: Drafting) -> list[bool]:
+        return [room > 0 for room in drafting.rooms]
+
+    def choose(self, load: Load, drafting: Drafting, drafts: Sequence[Draft], row_budget: int) -> list[int]:
+        """Who wants little is served first."""
+        wanted = [len(draft.values) for draft in drafts]
+        counts, left = [0] * len(drafts), max(row_budget, 0)
+        for served, i in enumerate(sorted(range(len(drafts)), key=lambda i: wanted[i])):
+            counts[i] = min(wanted[i], left // (len(drafts) - served))
+            left -= counts[i]
+        taken = [value for draft, count in zip(drafts, counts, strict=True) for value in draft.values[:count]]
+        self._nodes_per_request += FORGETTING * (len(taken) / max(len(counts), 1) - self._nodes_per_request)
+        self._note(load, sum(drafting.asks), sum(wanted), np.array(sorted(taken, reverse=True)))
+        return counts
+
+
+def _brought(draft: Draft, count: int) -> tuple[float, int]:
+    """Value and number of the heads' nodes among the first `count`."""
+    values = [
+        value for value, source in zip(draft.values[:count], draft.sources[:count], strict=True) if source == "heads"
+    ]
+    return sum(values), len(values)
+
+
+def _summed(values: Floats) -> Floats:
+    """[1 + n]: sums of the first 0, 1, ..., n."""
+    return np.concatenate([[0.0], np.cumsum(values)])

@@ -5,7 +5,8 @@ Invariants:
 - between steps, `scheduler.check()` holds;
 - a request that the runner fails on ends with an error, and no other does; only if `runner.check` says that nobody can
   be served any more does the engine end;
-- while there is work, every second of the process is in exactly one step's `step_seconds` or `message_seconds`.
+- while there is work, every second of the process is in exactly one step's `step_seconds` or `message_seconds`;
+- what the controller does changes times and counts, never a token.
 """
 
 from __future__ import annotations
@@ -15,58 +16,34 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import monotonic
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Final
 
-from server.engine.controller import Controller
+import numpy as np
+
+from server.engine.controller import Controller, StaticController
+from server.engine.cost import CostModel
 from server.engine.guard import FAILED, guarded
 from server.engine.messages import (
     DRAFT_SOURCES,
+    ControllerState,
     Delta,
     EngineConfig,
     FinishReason,
-    ModelInfo,
     StepOutput,
     StepStats,
     Submit,
     TokenLogprobs,
 )
-from server.engine.request import Draft, Outcome, Request, Work
+from server.engine.model import ModelRunner
+from server.engine.request import Outcome, Request, Work
 from server.engine.scheduler import Scheduler
+from server.engine.speedup import Plain, SpeedupMeter
+from server.engine.trees import Trees, grow
 
-Args = ParamSpec("Args")
-Result = TypeVar("Result")
+TREE_SHARE: Final = 4  # a step's rows are divided by this: so many may be kept from prompts for trees
+TELL_SECONDS: Final = 1.0  # between two accounts of the controller
 
 logger = logging.getLogger(__name__)
-
-
-class ModelRunner(Protocol):
-    """What the engine needs of `runner.Runner`; tests bring models without tensors."""
-
-    info: ModelInfo
-
-    def refusal(self, submit: Submit) -> str | None:
-        """Why the model cannot serve this request, a sentence; None if it can."""
-
-    def can_draft(self, request: Request) -> bool:
-        """Is there anything to draft from, and a token that could still be emitted?"""
-
-    def copied_values(self, request: Request) -> Sequence[float]:
-        """Of each token that could be copied: the probability that it and those before it are right."""
-
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int], num_forced: Sequence[int]) -> list[Draft]:
-        """A tree for each request, no deeper than it can still use: at most so many guesses and forced tokens."""
-
-    def run(self, works: Sequence[Work]) -> list[Outcome]:
-        """One forward pass and its verification, in order."""
-
-    def kernel_seconds(self) -> float:
-        """Seconds spent in kernels since this was last asked; 0.0 if nobody counts them."""
-
-    def check(self) -> None:
-        """Raises if nobody can be served any more."""
-
-    def forget(self, request: Request) -> None:
-        """Drop all state of a request that ended or was preempted."""
 
 
 class Engine:
@@ -80,13 +57,17 @@ class Engine:
             max_num_batched_rows=config.max_num_batched_rows,
             use_prefix_cache=config.prefix_cache,
         )
-        self._controller = Controller(
-            config.num_nodes, config.speculative_disable_by_batch_size, has_heads=runner.info.num_heads > 0
-        )
-        self._max_rows = config.max_num_batched_rows
+        self.cost = CostModel()
+        kind = StaticController if config.static_trees else Controller
+        self.controller = kind(self.cost, config.num_nodes, control_share=config.control_share)
+        self._meter = SpeedupMeter(self.cost)
+        self.max_rows = config.max_num_batched_rows
+        self._max_tree_rows = config.max_num_batched_rows // TREE_SHARE
         self._clock = clock
-        self._model_seconds = 0.0  # of this step
-        runner.kernel_seconds()  # those of loading belong to no step
+        self._run_seconds = 0.0  # of this step
+        self._ran_at: float | None = None  # end of the last forward pass, if there was work since
+        self._told_at = -TELL_SECONDS
+        self.forget_seconds()
         self._left_at: float | None = None  # end of the last step, if it left work
         self._requests: dict[str, Request] = {}
         self._num_arrived = 0
@@ -121,6 +102,11 @@ class Engine:
         deltas = [self.abort(request_id) for request_id in list(self._requests)]
         return StepOutput(tuple(delta for delta in deltas if delta is not None), StepStats())
 
+    def forget_seconds(self) -> None:
+        """What the runner has done so far belongs to no step."""
+        self.runner.kernel_seconds()
+        self.runner.forward_seconds()
+
     def step(self) -> StepOutput:
         """One forward pass for whoever is due, and all that follows from it."""
         started = self._clock()
@@ -131,40 +117,72 @@ class Engine:
         begun = [work.request for work in works if work.request.first_scheduled_time is None]
         for request in begun:
             request.first_scheduled_time = started
-        self._model_seconds = 0.0
-        self._grow_trees(works)
+        trees = grow(works, self.runner, self.controller, self.scheduler, self._clock)
         outcomes = self._run(works)
-        deltas = [self._update(work, outcome) for work, outcome in zip(works, outcomes, strict=True)]
+        taken, plain = self._learn(trees, started)
+        deltas = [self._update(work, outcome, taken, plain) for work, outcome in zip(works, outcomes, strict=True)]
+        num_accepted = sum([len(work.accepted) for work in works])
+        saved = self._meter.add(trees.load, taken, plain, num_accepted, is_control=trees.is_control)
         now = self._clock()
         self._left_at = now if self.has_work else None
+        self._ran_at = self._ran_at if self.has_work else None
         stats = self._stats(
             works,
             step_seconds=now - started,
-            model_seconds=self._model_seconds,
+            model_seconds=trees.draft_seconds + self._run_seconds,
+            draft_seconds=trees.draft_seconds,
+            forward_seconds=self.runner.forward_seconds(),
             kernel_seconds=self.runner.kernel_seconds(),
             message_seconds=message_seconds,
+            saved_seconds=saved,
         )
+        if now - self._told_at >= TELL_SECONDS:
+            self._told_at = now
+            stats = replace(stats, controller=self.controller_state())
         news = [delta for delta in deltas if delta is not None]
         if begun:
             said = {delta.request_id for delta in news}
             news += [Delta(request.id) for request in begun if request.id not in said]
         return StepOutput(tuple(news), stats)
 
+    def controller_state(self) -> ControllerState:
+        """All that is known of costs and gains."""
+        cells, error = self.runner.calibration()
+        return ControllerState(
+            run_curve=self.cost.run.points(),
+            draft_curve=self.cost.draft.points(),
+            rest_curve=self.cost.rest.points(),
+            extra_seconds=self.cost.extra_seconds(),
+            calibration=cells,
+            calibration_error=error,
+            speedups=self._meter.speedups(),
+            decisions=tuple(self.controller.decisions),
+        )
+
+    def _learn(self, trees: Trees, started: float) -> tuple[float, Plain]:
+        """Tell the cost model what this step took. Returns that, and what plain decoding would have taken."""
+        now = self._clock()
+        taken = now - (started if self._ran_at is None else self._ran_at)  # from one forward pass to the next
+        self._ran_at = now
+        load, cost = trees.load, self.cost
+        features = load.features + trees.node_features
+        num_rows = load.num_rows + trees.num_nodes
+        nodes = float(cost.run_seconds(num_rows, features) - cost.run_seconds(load.num_rows, load.features))
+        plain = self._meter.plain(load, taken, nodes + trees.draft_seconds, is_control=trees.is_control)
+        if load.is_pure and load.num_decoding:
+            cost.learn_run(num_rows, features, self._run_seconds)
+            cost.rest.take(load.num_decoding, taken - self._run_seconds - trees.draft_seconds)
+        if trees.num_asking:
+            cost.draft.take(trees.num_asking, trees.draft_seconds)
+        return taken, plain
+
     def _run(self, works: Sequence[Work]) -> list[Outcome | None]:
         """What the runner finds; None for whom it has failed on."""
         sound = [work for work in works if not work.has_failed]
-        found = iter(guarded(lambda some: self._timed(self.runner.run, some), sound, self.runner.check))
-        return [None if work.has_failed else next(found) for work in works]
-
-    def _can_draft(self, requests: Sequence[Request]) -> list[bool]:
-        return [self.runner.can_draft(request) for request in requests]
-
-    def _timed(self, call: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Result:
-        """Call the runner, and count the seconds."""
         started = self._clock()
-        result = call(*args, **kwargs)
-        self._model_seconds += self._clock() - started
-        return result
+        found = iter(guarded(self.runner.run, sound, self.runner.check))
+        self._run_seconds = self._clock() - started
+        return [None if work.has_failed else next(found) for work in works]
 
     def _refusal(self, submit: Submit) -> str | None:
         """Why this request can never run; the API process has said so before, in OpenAI's words."""
@@ -182,46 +200,17 @@ class Engine:
         return self.runner.refusal(submit)
 
     def _rows_for_trees(self) -> int:
-        """Rows that prompts must not take from the trees of those who decode: at most half of a step."""
+        """Rows that prompts must not take from the trees of those who decode."""
         if not self.scheduler.has_prompts:
             return 0
-        decoding = [request for request in self.scheduler.running if request.num_remaining == 1]
-        can_draft = guarded(self._can_draft, decoding, self.runner.check)
-        drafting = [request for request, can in zip(decoding, can_draft, strict=True) if can]
-        return sum(self._allot(drafting, self._max_rows // 2))
+        num_decoding = sum([request.num_remaining == 1 for request in self.scheduler.running])
+        return self.controller.reserve(num_decoding, self._max_tree_rows)
 
-    def _allot(self, requests: Sequence[Request], row_budget: int) -> list[int]:
-        return self._controller.allot(requests, row_budget, [self.runner.copied_values(r) for r in requests])
+    def _update(self, work: Work, outcome: Outcome | None, taken: float, plain: Plain) -> Delta | None:
+        """Commit what one request has won in this step, and end it if that was all.
 
-    def _grow_trees(self, works: Sequence[Work]) -> None:
-        """Draft for decoding requests and hang the trees below their roots."""
-        ending = [work for work in works if work.reaches_end]
-        can_draft = guarded(self._can_draft, [work.request for work in ending], self.runner.check)
-        for work, can in zip(ending, can_draft, strict=True):
-            work.has_failed = can is None
-        drafting = [work for work, can in zip(ending, can_draft, strict=True) if can]
-        requests = [work.request for work in drafting]
-        rows_left = self.scheduler.rows_left
-        num_nodes = self._allot(requests, rows_left)
-        num_forced = self._controller.allot_forced(requests, num_nodes, rows_left - sum(num_nodes))
-        chosen = [i for i in range(len(requests)) if num_nodes[i] + num_forced[i] > 0]
-
-        def draft(some: Sequence[int]) -> list[Draft]:
-            return self._timed(
-                self.runner.draft,
-                [requests[i] for i in some],
-                [num_nodes[i] for i in some],
-                [num_forced[i] for i in some],
-            )
-
-        for i, found in zip(chosen, guarded(draft, chosen, self.runner.check), strict=True):
-            if found is None:
-                drafting[i].has_failed = True
-            else:
-                self.scheduler.place(drafting[i], found)
-
-    def _update(self, work: Work, outcome: Outcome | None) -> Delta | None:
-        """Commit what one request has won in this step, and end it if that was all."""
+        The step took `taken` seconds, plain decoding would have taken `plain`.
+        """
         request = work.request
         if outcome is None:
             self.scheduler.withdraw(work)
@@ -242,6 +231,8 @@ class Engine:
             finish = "stop"
         work.accepted = outcome.path[: len(tokens)]  # what lies beyond the end was of no use
         work.count_speculation()
+        if request.num_output > len(tokens):  # else it is the prompt's step
+            request.speculation.add_step(taken, plain.seconds(len(work.accepted)))
         delta = Delta(request.id, tokens, outcome.logprobs[: len(tokens)], prompt_logprobs)
         if finish is None:
             return delta
@@ -296,6 +287,8 @@ class Engine:
             num_drafts=len(drafts),
             num_draft_tokens=sum([len(work.node_tokens) for work in drafts]),
             num_accepted_tokens=sum(accepted),
+            drafted_per_depth=_counted([depth for work in drafts for depth in work.node_depths]),
+            tree_sizes=tuple([len(work.node_tokens) for work in drafts]),
             accepted_per_depth=tuple([sum([n > d for n in accepted]) for d in range(max(accepted, default=0))]),
             drafted_by_source=tuple([drafted_from[source] for source in DRAFT_SOURCES]),
             accepted_by_source=tuple([accepted_from[source] for source in DRAFT_SOURCES]),
@@ -303,3 +296,8 @@ class Engine:
             prefix_cache_hits=scheduler.prefix_hits,
             **seconds,
         )
+
+
+def _counted(depths: Sequence[int]) -> tuple[int, ...]:
+    """[d]: how often depth d + 1 occurs."""
+    return tuple(np.bincount(depths)[1:].tolist()) if depths else ()

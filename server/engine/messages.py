@@ -65,7 +65,7 @@ class SpeculationParams:
     """How one request is speculated. `typical` is Medusa's lossy acceptance (arXiv 2401.10774, section 2.3.1)."""
 
     mode: SpeculationMode = "lossless"
-    max_nodes: int | None = None  # tree nodes per step, root not counted; None is the server's default
+    max_nodes: int | None = None  # tree nodes per step at most, root not counted; None is the server's number
     epsilon: float = 0.09
     delta: float = 0.3
 
@@ -119,6 +119,9 @@ class SpeculationStats:
     acceptance_histogram: tuple[int, ...] = ()  # [n]: steps with n accepted tokens
     num_accepted_prediction_tokens: int = 0
     num_rejected_prediction_tokens: int = 0
+    num_steps: int = 0  # all that gave a token, with nodes or without
+    step_seconds: float = 0.0  # of these steps
+    plain_seconds: float = 0.0  # what plain decoding would have taken for the same tokens, by estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,66 @@ class Delta(_Compact):
 
 
 @dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """What so many rows, or requests, cost."""
+
+    number: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the controller did in one step."""
+
+    num_decoding: int  # requests that got a token
+    num_rows: int  # before trees
+    num_asking: int  # requests that the heads guessed for
+    num_offered: int  # nodes
+    num_taken: int
+    least_value: float | None  # of the nodes taken: the probability that its whole path is right
+    expected_tokens: float  # of the step, all requests together
+    is_control: bool  # nobody was asked, so that plain decoding is measured
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationCell:
+    """What became of guesses of one kind, depth and rank that the heads gave about this probability."""
+
+    kind: str  # greedy, sampled or typical
+    depth: int  # from 1
+    rank: int  # from 1
+    given: float  # the heads' own probability, the bucket's mean
+    right: float  # how often they were
+    num_seen: float  # the latest of them weigh most
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """Time that plain decoding would have taken, over the time that was taken, at a number of requests."""
+
+    batch: str  # such as 5-8, or all
+    ratio: float
+    low: float  # 95 % interval
+    high: float
+    num_steps: float  # recent ones, which it rests on
+    num_control_steps: float  # of them, plain on purpose
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerState:
+    """What the engine knows of costs and gains; told about once a second."""
+
+    run_curve: tuple[CurvePoint, ...]  # forward pass, sampling and verification, by rows
+    draft_curve: tuple[CurvePoint, ...]  # by requests that the heads guess for
+    rest_curve: tuple[CurvePoint, ...]  # the engine's own and messages, by requests
+    extra_seconds: tuple[tuple[str, float], ...]  # by what some rows have and others do not
+    calibration: tuple[CalibrationCell, ...]
+    calibration_error: float | None  # mean distance of calibrated probability and outcome
+    speedups: tuple[Speedup, ...]
+    decisions: tuple[Decision, ...]  # the latest last
+
+
+@dataclass(frozen=True, slots=True)
 class StepStats(_Compact):
     """The engine after one step. Counters are this step's own, gauges are the state."""
 
@@ -161,16 +224,22 @@ class StepStats(_Compact):
     step_seconds: float = 0.0
     model_seconds: float = 0.0  # of step_seconds, those inside the runner
     kernel_seconds: float = 0.0  # of model_seconds, those inside kernels; 0 if nobody counts them
+    draft_seconds: float = 0.0  # of model_seconds, those of drafting
+    forward_seconds: float = 0.0  # of model_seconds, those of forward passes; the others sample and verify
     message_seconds: float = 0.0  # since the step before: pickling, sending, hearing; 0 after idleness
     num_preemptions: int = 0
     num_drafts: int = 0  # requests that verified at least one node in this step
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     accepted_per_depth: tuple[int, ...] = ()  # [d]: drafts whose node at depth d + 1 was accepted
+    drafted_per_depth: tuple[int, ...] = ()  # [d]: nodes verified at depth d + 1
+    tree_sizes: tuple[int, ...] = ()  # nodes of each tree verified
     drafted_by_source: tuple[int, ...] = ()  # num_draft_tokens, in the order of DRAFT_SOURCES
     accepted_by_source: tuple[int, ...] = ()  # num_accepted_tokens, likewise
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found
+    saved_seconds: float = 0.0  # what plain decoding would have taken longer, by estimate; below 0: shorter
+    controller: ControllerState | None = None  # about once a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +293,9 @@ class EngineConfig:
     max_num_batched_rows: int = 512
     kv_cache_tokens: int | None = None
     prefix_cache: bool = True
-    num_nodes: int = 4  # default tree nodes per request and step
-    speculative_disable_by_batch_size: int | None = None  # drafting requests at which the default becomes 0
+    num_nodes: int = 32  # tree nodes per request and step at most, unless the request says its own
+    static_trees: bool = False  # always so many, in one shape, whatever they cost and win
+    control_share: float = 0.01  # of steps: those that decode plainly, so that the speedup is measured
     num_threads: int | None = None
     ngram: bool = True  # guess repeats of the request's own text
     ngram_min: int = 2  # tokens that must match before a guess

@@ -26,15 +26,18 @@ from server.engine.prefix import Node
 class SpeculationCounters:
     """Mutable sums behind `SpeculationStats`."""
 
-    num_steps: int = 0
+    num_spec_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted: int = 0
+    num_steps: int = 0
+    step_seconds: float = 0.0
+    plain_seconds: float = 0.0
     histogram: list[int] = field(default_factory=list)
     verified_places: set[int] = field(default_factory=set)  # of tokens in the prediction
     accepted_places: set[int] = field(default_factory=set)
 
     def add(self, num_nodes: int, num_accepted: int) -> None:
-        self.num_steps += 1
+        self.num_spec_steps += 1
         self.num_draft_tokens += num_nodes
         self.num_accepted += num_accepted
         self.histogram.extend([0] * (num_accepted + 1 - len(self.histogram)))
@@ -45,14 +48,23 @@ class SpeculationCounters:
         self.verified_places.update(range(start, start + num_verified))
         self.accepted_places.update(range(start, start + num_accepted))
 
+    def add_step(self, seconds: float, plain_seconds: float) -> None:
+        """Count a step that gave a token, and what plain decoding would have taken for what it gave."""
+        self.num_steps += 1
+        self.step_seconds += seconds
+        self.plain_seconds += plain_seconds
+
     def stats(self) -> SpeculationStats:
         return SpeculationStats(
-            self.num_steps,
+            self.num_spec_steps,
             self.num_draft_tokens,
             self.num_accepted,
             tuple(self.histogram),
             num_accepted_prediction_tokens=len(self.accepted_places),
             num_rejected_prediction_tokens=len(self.verified_places - self.accepted_places),
+            num_steps=self.num_steps,
+            step_seconds=self.step_seconds,
+            plain_seconds=self.plain_seconds,
         )
 
 
@@ -73,6 +85,7 @@ class Request:
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # being collected; None when off or already sent
     speculation: SpeculationCounters = field(default_factory=SpeculationCounters)
+    draft_quality: float = 1.0  # what the heads bring to this request, against others in its batches
 
     def __post_init__(self) -> None:
         self.tokens = list(self.submit.prompt)
@@ -134,12 +147,19 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A tree of guesses below a root, and who guessed each node."""
+    """A tree of guesses below a root, best first, so that each beginning of it is a tree too."""
 
     tokens: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
-    sources: tuple[DraftSource, ...] = ()
+    sources: tuple[DraftSource, ...] = ()  # who guessed each node
+    values: tuple[float, ...] = ()  # the probability that it and all its ancestors are right; they never rise
     prediction_start: int = 0  # index, in the prediction, of the first of its nodes; they are one chain from the root
+
+    def first(self, count: int) -> Draft:
+        """The best `count` nodes."""
+        return Draft(
+            self.tokens[:count], self.parents[:count], self.sources[:count], self.values[:count], self.prediction_start
+        )
 
 
 @dataclass(slots=True)
@@ -164,6 +184,14 @@ class Work:
     @property
     def num_chain(self) -> int:
         return len(self.chain_slots)
+
+    @property
+    def node_depths(self) -> list[int]:
+        """Distance of each node from the root: at least 1."""
+        depths: list[int] = []
+        for parent in self.node_parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
 
     def count_speculation(self) -> None:
         """Add this step's nodes to the request's sums."""

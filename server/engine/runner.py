@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ from models import memory, sampling, verify
 from models.backbone import Backbone, read_sizes
 from models.batch import Segment, build_batch
 from models.checkpoint import CheckpointError, build_heads, check_heads, read_heads
-from models.drafters.combined import Wish, combine
+from models.drafters.calibration import Kind
+from models.drafters.combined import Drafter, Wish, combine
 from models.drafters.copied import Copies, NgramOptions
 from models.drafters.medusa import DraftRow, Heads
 from models.drafters.packed import PackedHeads
+from models.drafters.parallel import ParallelDrafter
 from models.drafters.resblock import ResBlockHeads
 from models.grammar import GrammarError, Grammars, GrammarState
 from models.kernels.build import KernelError
@@ -34,7 +37,8 @@ from models.masks import Mask
 from models.probe import BackboneError
 from models.sampling import History, Row
 from models.tree import Guess, Tree
-from server.engine.messages import EngineConfig, ModelInfo, Submit, TokenLogprobs
+from server.engine.controller import Bound
+from server.engine.messages import CalibrationCell, EngineConfig, ModelInfo, Submit, TokenLogprobs
 from server.engine.request import Draft, Outcome, Request, Work
 from server.engine.scores import score
 from server.errors import StartupError
@@ -49,6 +53,10 @@ class Runner:
         """Take a loaded model and make its pool. Raises `StartupError` if the limits cannot be met."""
         self.backbone = backbone
         self.heads = heads
+        self.drafter: Drafter | None = None
+        if heads is not None:
+            self.drafter = ParallelDrafter(heads, is_static=config.static_trees)
+        self._forward_seconds = 0.0  # since they were last asked for
         dtype, self.device = backbone.lm_head_weight.dtype, backbone.lm_head_weight.device
         kv_cache_tokens, max_model_len = _limits(config, backbone)
         self.pool = KVPool(backbone.kv_shapes, kv_cache_tokens, dtype=backbone.kv_dtype, device=self.device)
@@ -107,12 +115,24 @@ class Runner:
         has_source = self._has_heads(request) or bool(self._copied(request)) or _is_constrained(request)
         return self._max_depth(request) > 0 and has_source
 
-    def copied_values(self, request: Request) -> list[float]:
-        return [guess.value for guess in self._copied(request)]
+    def room_for_heads(self, request: Request) -> float:
+        if not self._has_heads(request):
+            return 0.0
+        return max(1.0 - sum([guess.value for guess in self._copied(request) if guess.parent < 0]), 0.0)
+
+    def calibration(self) -> tuple[tuple[CalibrationCell, ...], float | None]:
+        if self.drafter is None:
+            return (), None
+        table = self.drafter.calibration
+        return tuple(CalibrationCell(*cell) for cell in table.summary()), table.error
 
     def kernel_seconds(self) -> float:
         """Seconds spent in C kernels since this was last asked."""
         return take_seconds()
+
+    def forward_seconds(self) -> float:
+        seconds, self._forward_seconds = self._forward_seconds, 0.0
+        return seconds
 
     def check(self) -> None:
         """Raises if the device is lost: it then fails on everything."""
@@ -124,21 +144,32 @@ class Runner:
         self._masks.pop(request.id, None)
         self._copies.pop(request.id, None)
         self._grammar_states.pop(request.id, None)
+        if self.drafter is not None:
+            self.drafter.forget(request.id)
 
     @torch.inference_mode()
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int], num_forced: Sequence[int]) -> list[Draft]:
-        """The best tree of so many nodes for each request, of copied tokens and of the heads' where they leave room.
+    def draft(self, requests: Sequence[Request], bounds: Sequence[Bound], asks: Sequence[bool]) -> list[Draft]:
+        """The best tree within its bound for each request, of copied tokens and of the heads' for those that ask.
 
         Under a grammar: of what it forces, and of the heads' guesses that it allows.
         """
-        wishes = list(map(self._wish, requests, num_nodes, num_forced))
+        wishes = list(map(self._wish, requests, bounds, asks))
         starts = [self._copies[r.id].prediction_start if r.id in self._copies else 0 for r in requests]
-        return list(map(_draft, combine(self.heads, wishes), starts))
+        return list(map(_draft, combine(self.drafter, wishes), starts))
 
-    def _wish(self, request: Request, num_nodes: int, num_forced: int) -> Wish:
-        row = DraftRow(request.submit.sampling, len(request.tokens), self._mask(request))
-        hidden, grammar = self._hidden.get(request.id), self._grammar(request)
-        return Wish(num_nodes, self._max_depth(request), self._copied(request), row, hidden, grammar, num_forced)
+    def _wish(self, request: Request, bound: Bound, asks: bool) -> Wish:
+        return Wish(
+            request.id,
+            request.tokens,
+            _kind(request),
+            bound.guesses,
+            self._max_depth(request),
+            self._copied(request),
+            DraftRow(request.submit.sampling, len(request.tokens), self._mask(request)),
+            self._hidden.get(request.id) if asks else None,
+            self._grammar(request),
+            bound.forced,
+        )
 
     def _has_heads(self, request: Request) -> bool:
         return self.heads is not None and request.id in self._hidden
@@ -193,12 +224,15 @@ class Runner:
             context = _tensor(work.request.slots).to(self.device)
             segments.append(Segment(work.num_chain + len(tree), context, work.num_chain, work.node_parents))
         batch = build_batch(segments, torch.tensor(positions), torch.tensor(slots), self.device)
-        return self.backbone.forward(
+        started = perf_counter()
+        found = self.backbone.forward(
             torch.tensor(tokens, device=self.device),
             batch,
             self.pool,
             torch.tensor(scored, dtype=torch.long, device=self.device),
         )
+        self._forward_seconds += perf_counter() - started
+        return found
 
     def _rows(self, work: Work) -> list[Row]:
         """The rows to sample from: the root and every node, or none for an unfinished prompt."""
@@ -319,6 +353,12 @@ class Runner:
         return request.submit.sampling.max_tokens - request.num_output - 1
 
 
+def _kind(request: Request) -> Kind:
+    if request.submit.sampling.temperature == 0:
+        return "greedy"
+    return "typical" if request.submit.speculation.mode == "typical" else "sampled"
+
+
 def _is_constrained(request: Request) -> bool:
     """Decodes under a grammar, whose forced tokens need no heads."""
     decodes = request.num_remaining == 1 and request.num_computed >= request.num_prompt
@@ -371,6 +411,7 @@ def _draft(guesses: Sequence[Guess], prediction_start: int) -> Draft:
         tuple([guess.token for guess in guesses]),
         tuple([guess.parent for guess in guesses]),
         tuple([guess.source for guess in guesses]),
+        tuple([guess.value for guess in guesses]),
         prediction_start,
     )
 

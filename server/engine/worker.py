@@ -15,7 +15,6 @@ import queue
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from multiprocessing.connection import Connection
 
 from server.engine.core import Engine
@@ -30,10 +29,10 @@ from server.engine.messages import (
     Submit,
     ToEngine,
 )
+from server.engine.warmup import warm_up
 from server.errors import StartupError
 
 Inbox = queue.SimpleQueue[ToEngine]
-CPU_CROWD = 2  # requests at a time from which a CPU has no rows to spare for guesses (tests.bench.peers)
 IDLE_SECONDS = 1.0  # before the slots are checked, which takes a large pool some tens of milliseconds
 
 
@@ -57,9 +56,8 @@ def _load(config: EngineConfig) -> Engine:
     from server.engine.runner import Runner  # brings torch along
 
     runner = Runner.load(config)
-    if config.speculative_disable_by_batch_size is None and runner.info.device == "cpu":
-        config = replace(config, speculative_disable_by_batch_size=CPU_CROWD)
     engine = Engine(config, runner)
+    warm_up(engine)
     gc.collect()
     gc.freeze()  # collecting what torch and transformers brought along would take as long as 30 steps
     return engine

@@ -1,0 +1,120 @@
+"""The trees of one step: who may draft, what is guessed, what of it is verified.
+
+Invariants:
+- rows and slots that the chains left are never exceeded;
+- a request that the runner fails on is marked and gets no tree; the others are not hurt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from server.engine.controller import Bound, Controller, Drafting
+from server.engine.cost import FEATURES, Floats, Load
+from server.engine.guard import guarded
+from server.engine.model import ModelRunner
+from server.engine.request import Draft, Request, Work
+from server.engine.scheduler import Scheduler
+
+
+@dataclass(slots=True)
+class Trees:
+    """What was decided in one step, and what it took."""
+
+    load: Load
+    num_nodes: int = 0
+    node_features: Floats = field(default_factory=lambda: np.zeros(len(FEATURES)))
+    num_asking: int = 0
+    draft_seconds: float = 0.0
+    is_control: bool = False
+
+
+def grow(
+    works: Sequence[Work],
+    runner: ModelRunner,
+    controller: Controller,
+    scheduler: Scheduler,
+    clock: Callable[[], float],
+) -> Trees:
+    """Draft for decoding requests and hang what pays below their roots."""
+    load = _load(works)
+    able = _able(works, runner)
+    bounds = controller.bounds([work.request for work in able])
+    chosen = [(work, bound) for work, bound in zip(able, bounds, strict=True) if any(bound)]
+    if not chosen:
+        return Trees(load)
+    if controller.is_control_step():
+        controller.note_control(load)
+        return Trees(load, is_control=True)
+    able, bounds = [work for work, _ in chosen], [bound for _, bound in chosen]
+    drafting = _drafting([work.request for work in able], bounds, runner)
+    drafting.asks = controller.ask(load, drafting)
+    started = clock()
+    drafts = _drafts(able, drafting, runner)
+    seconds = clock() - started
+    counts = controller.choose(load, drafting, drafts, scheduler.rows_left)
+    for work, draft, count in zip(able, drafts, counts, strict=True):
+        if count:
+            scheduler.place(work, draft.first(count))
+    return Trees(load, sum(counts), np.array(counts) @ drafting.features, sum(drafting.asks), seconds)
+
+
+def _able(works: Sequence[Work], runner: ModelRunner) -> list[Work]:
+    """Whose chain ends in a root that there are guesses for."""
+    ending = [work for work in works if work.reaches_end]
+
+    def can_draft(requests: Sequence[Request]) -> list[bool]:
+        return [runner.can_draft(request) for request in requests]
+
+    found = guarded(can_draft, [work.request for work in ending], runner.check)
+    for work, can in zip(ending, found, strict=True):
+        work.has_failed = can is None
+    return [work for work, can in zip(ending, found, strict=True) if can]
+
+
+def _drafting(requests: list[Request], bounds: list[Bound], runner: ModelRunner) -> Drafting:
+    rooms = [
+        runner.room_for_heads(request) if bound.guesses else 0.0
+        for request, bound in zip(requests, bounds, strict=True)
+    ]
+    return Drafting(
+        requests, bounds, rooms, np.array([_row(request, request.num_computed) for request in requests], dtype=float)
+    )
+
+
+def _drafts(works: Sequence[Work], drafting: Drafting, runner: ModelRunner) -> list[Draft]:
+    """What is guessed for each; nothing for whom the runner has failed on."""
+
+    def draft(some: Sequence[int]) -> list[Draft]:
+        requests = [drafting.requests[i] for i in some]
+        return runner.draft(requests, [drafting.bounds[i] for i in some], [drafting.asks[i] for i in some])
+
+    found = guarded(draft, range(len(works)), runner.check)
+    for work, made in zip(works, found, strict=True):
+        work.has_failed = made is None
+    return [Draft() if made is None else made for made in found]
+
+
+def _row(request: Request, num_keys: int) -> tuple[float, float, float, float]:
+    """Features of one more row of a request, which looks at so many keys."""
+    sampling = request.submit.sampling
+    return num_keys, 0, sampling.temperature > 0, sampling.grammar is not None
+
+
+def _load(works: Sequence[Work]) -> Load:
+    """The rows of a step without its trees."""
+    decoding = [_row(work.request, work.start + work.num_chain) for work in works if work.reaches_end]
+    prompts = [work.num_chain - work.reaches_end for work in works]
+    keys = sum([count * (work.start + count // 2) for work, count in zip(works, prompts, strict=True)])
+    of_roots = np.array(decoding, dtype=float).sum(0) if decoding else np.zeros(len(FEATURES))
+    of_roots[1] = len(decoding)
+    return Load(
+        num_rows=sum(prompts) + len(decoding),
+        num_prompt_rows=sum(prompts),
+        num_decoding=len(decoding),
+        features=of_roots + (keys, len(works) - len(decoding), 0, 0),
+        decoding_features=of_roots,
+    )
