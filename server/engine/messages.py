@@ -216,6 +216,7 @@ class EngineConfig:
 
     model: str  # local folder (already fetched and converted)
     heads: str | None = None  # file or folder
+    own_heads: bool = True  # a multi-token model drafts with its own if none are given
     device: str = "auto"
     dtype: str = "auto"
     quantization: str | None = None  # int8 or none

@@ -24,6 +24,7 @@ from models.checkpoint import CheckpointError, build_heads, check_heads, read_he
 from models.drafters.combined import Wish, combine
 from models.drafters.copied import Copies, NgramOptions
 from models.drafters.medusa import DraftRow, Heads
+from models.drafters.mtp import own_heads
 from models.drafters.packed import PackedHeads
 from models.drafters.resblock import ResBlockHeads
 from models.grammar import GrammarError, Grammars, GrammarState
@@ -83,14 +84,15 @@ class Runner:
             if tensors is not None:
                 hidden_size, vocab_size = read_sizes(config.model)
                 check_heads(tensors, hidden_size=hidden_size, vocab_size=vocab_size)
-            backbone = Backbone.load(config.model, dtype=dtype, device=device)
+            extra_heads = tensors is None and config.own_heads
+            backbone = Backbone.load(config.model, dtype=dtype, device=device, extra_heads=extra_heads)
             heads: Heads | None = None if tensors is None else build_heads(tensors, backbone.lm_head_weight)
             if _wants_int8(config, backbone):
                 backbone.quantize()
                 heads = PackedHeads(heads) if isinstance(heads, ResBlockHeads) else heads
         except (BackboneError, CheckpointError) as error:
             raise StartupError(str(error)) from error
-        runner = cls(backbone, heads, config)
+        runner = cls(backbone, heads or own_heads(backbone), config)
         runner.grammars.prepare()
         return runner
 
