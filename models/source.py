@@ -105,7 +105,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @cache
 def causal_models() -> frozenset[str] | None:
-    """Model types that can be loaded: `AutoModelForCausalLM`'s and ours; None if this transformers lists them otherwise.
+    """Model types that can be loaded: `AutoModelForCausalLM`'s, and ours; None if transformers lists them otherwise.
 
     Importing the list would import torch, so it is read from the source: a literal in `auto/modeling_auto.py`.
     """

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.drafters.resblock import Accuracies, ResBlockHeads
+from models.drafters.medusa import Heads
+from models.drafters.resblock import Accuracies
 from models.tree import Choice, best_static_choices, expected_tau
 
 NUM_RANKS = 20
@@ -44,7 +45,7 @@ class Text:
 
 
 @torch.inference_mode()
-def rank_text(heads: ResBlockHeads, hidden: Tensor, tokens: NDArray[np.int64], counts: NDArray[np.bool_]) -> list[Text]:
+def rank_text(heads: Heads, hidden: Tensor, tokens: NDArray[np.int64], counts: NDArray[np.bool_]) -> list[Text]:
     """Ranks of the right tokens in every answer (run of counted tokens) of one example.
 
     hidden: [positions, hidden], tokens and counts: [positions]. The first draft of an answer is made from the last

@@ -65,23 +65,23 @@ def model_card(
         draft_vocab=len(heads.token_ids),
         answers=len(texts),
         held_out=sum(len(text.ranks) for text in texts),
-        accuracies=_accuracy_table(accuracies),
-        taus=_tau_table(taus),
+        accuracies=accuracy_table(accuracies),
+        taus=tau_table(taus),
         **facts,
     )
 
 
-def _accuracy_table(accuracies: Accuracies) -> str:
+def accuracy_table(accuracies: Accuracies) -> str:
     ranks = (1, 2, 3, 5, 10)
     rows = [[str(head), *(f"{sum(shares[:k]):.3f}" for k in ranks)] for head, shares in enumerate(accuracies, start=1)]
-    return _table(["head", *(f"top {k}" for k in ranks)], rows)
+    return markdown_table(["head", *(f"top {k}" for k in ranks)], rows)
 
 
-def _tau_table(taus: Sequence[Tau]) -> str:
+def tau_table(taus: Sequence[Tau]) -> str:
     rows = [[str(t.nodes), f"{t.measured:.3f} ± {t.error:.3f}", f"{t.independent:.3f}"] for t in taus]
-    return _table(["nodes", "measured", "independent"], rows)
+    return markdown_table(["nodes", "measured", "independent"], rows)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
