@@ -39,6 +39,8 @@ class Shape:
     def config(self) -> LlamaConfig:
         return LlamaConfig(
             vocab_size=1,
+            bos_token_id=None,
+            eos_token_id=None,
             hidden_size=self.hidden_size,
             num_attention_heads=self.num_heads,
             num_key_value_heads=self.num_kv_heads,

@@ -7,8 +7,11 @@ j - 1, and of the rows that it attends to the last j - 1 are of the depths 2 to 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from models.drafters.sequential import SequentialHeads
@@ -35,9 +38,9 @@ def unroll(heads: SequentialHeads, tokens: Tensor, states: Tensor, depths: int) 
 
 
 def _attend(
-    heads: SequentialHeads, x: Tensor, rotation: tuple[Tensor, Tensor], keys: list[tuple[Tensor, Tensor]]
+    heads: SequentialHeads, x: Tensor, rotation: tuple[Tensor, Tensor], past: list[tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """x: [batch, rows, hidden] -> the same. `keys`: K and V of the depths so far, [batch, kv_heads, rows, dim] each."""
+    """x: [batch, rows, hidden] -> the same. `past`: K and V of the depths so far, [batch, heads, rows, dim] each."""
     attn, shape = heads.layer.self_attn, heads.shape
     batch, rows, _ = x.shape
 
@@ -45,23 +48,30 @@ def _attend(
         return projected.view(batch, rows, -1, shape.head_dim).transpose(1, 2)
 
     query, key = apply_rotary_pos_emb(split(attn.q_proj(x)), split(attn.k_proj(x)), *rotation)
-    keys.append((key, split(attn.v_proj(x))))
     shared = shape.num_heads // shape.num_kv_heads
-    query = query.view(batch, shape.num_kv_heads, shared, rows, shape.head_dim) * shape.head_dim**-0.5
-    depth = len(keys) - 1
-    first_key, first_value = keys[0]
-    past = torch.ones(rows, rows, dtype=torch.bool, device=x.device).tril(-depth)
-    scores = (query @ first_key[:, :, None].mT).float().masked_fill(~past, -torch.inf)
-    later = [(_later(k, depth - i), _later(v, depth - i)) for i, (k, v) in enumerate(keys) if i > 0]
-    own = [(query * k[:, :, None]).sum(-1, keepdim=True).float() for k, _ in later]
-    weights = torch.cat([scores, *own], -1).softmax(-1).to(query.dtype)
-    out = weights[..., :rows] @ first_value[:, :, None]
-    for i, (_, value) in enumerate(later):
-        out = out + weights[..., rows + i, None] * value[:, :, None]
-    merged: Tensor = attn.o_proj(out.view(batch, shape.num_heads, rows, -1).transpose(1, 2).reshape(batch, rows, -1))
+    value = split(attn.v_proj(x))
+    past.append((key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)))
+    keys, values = (torch.cat(parts, 2) for parts in zip(*past, strict=True))
+    out = functional.scaled_dot_product_attention(
+        query.to(value.dtype), keys.to(value.dtype), values, attn_mask=_visible(rows, len(past), x.device)
+    )
+    merged: Tensor = attn.o_proj(out.transpose(1, 2).reshape(batch, rows, -1))
     return merged
+
+
+@lru_cache(maxsize=256)
+def _visible(rows: int, depths: int, device: torch.device) -> Tensor:
+    """Which rows of depths 1, 2, ... a row of the last depth sees: [rows, depths * rows] bool.
+
+    Of depth 1 those up to the root, which lies `depths` - 1 rows back; of each later one the row on the path from there.
+    """
+    first = torch.ones(rows, rows, dtype=torch.bool, device=device).tril(1 - depths)
+    later = [torch.ones(rows, device=device).diag(i + 1 - depths)[:rows, :rows].bool() for i in range(1, depths)]
+    visible = torch.cat([first, *(part[:, :rows] for part in later)], 1)
+    visible[: depths - 1, -rows:] = torch.eye(rows, dtype=torch.bool, device=device)[: depths - 1]  # these mean nothing
+    return visible
 
 
 def _later(x: Tensor, count: int) -> Tensor:
     """Rows (the dimension before the last) moved on by `count`; zeros come first."""
-    return x if count == 0 else torch.nn.functional.pad(x[..., : x.shape[-2] - count, :], (0, 0, count, 0))
+    return x if count == 0 else functional.pad(x[..., : x.shape[-2] - count, :], (0, 0, count, 0))
