@@ -31,6 +31,13 @@ typedef struct {
     int64_t rotary_dim;
 } Trunk;
 
+/* A sequential drafter: one layer, and what enters it, [norm(embedding); norm(state)] times a weight. */
+typedef struct {
+    Trunk trunk;
+    Linear input;
+    const float *token_norm, *state_norm; /* [hidden] */
+} Drafter;
+
 /* What a step works on. */
 typedef struct {
     float *hidden;   /* [rows][hidden]: the residual stream */
@@ -179,13 +186,35 @@ static void assemble(Team *team) {
     team->size = omp_get_num_threads(); /* may be fewer than were asked for */
 }
 
-/* One step of the model: tokens [rows] in; of the `count` rows named, kept [count][hidden], which is what enters the
- * output embedding, and logits [count][outputs of the head]. */
-void medusa_forward(int threads, const Trunk *trunk, const Step *step, const Buffers *b, const int64_t *tokens,
-                    const int64_t *rows, int64_t count, float *kept, float *logits) {
+/* Which rows of a step are asked about, and where the answers go. */
+typedef struct {
+    const int64_t *rows;   /* [count] */
+    int64_t count;
+    const int64_t *scored; /* [num_scored] indices into `rows`: those with logits */
+    int64_t num_scored;
+    float *kept;           /* [count][hidden]: what enters the output embedding */
+    float *logits;         /* [num_scored][outputs of the head] */
+} Asked;
+
+/* The layers, from what is in b->hidden to the answers. */
+static void run_layers(Team *team, Scratch *scratch, float *wide, const Trunk *trunk, const Step *step, const Buffers *b,
+                       const Asked *asked) {
     const int64_t size = trunk->head.inputs;
-    const float epsilon = trunk->layers->epsilon;
     const Rows last = as_wide(&b->narrow, size);
+    for (int64_t i = 0; i < trunk->num_layers; i++) run_layer(team, scratch, wide, trunk, trunk->layers + i, step, b);
+    for (int64_t i; (i = take(team, 1)) < asked->count;)
+        rms_norm(b->hidden + asked->rows[i] * size, trunk->norm, size, trunk->layers->epsilon, asked->kept + i * size);
+    meet(team);
+    for (int64_t i; (i = take(team, 1)) < asked->num_scored;)
+        quantize_row(&last, i, asked->kept + asked->scored[i] * size);
+    meet(team);
+    multiply(team, &trunk->head, &last, asked->num_scored, SET, asked->logits);
+}
+
+/* One step of the model for tokens [rows]. */
+void medusa_forward(int threads, const Trunk *trunk, const Step *step, const Buffers *b, const int64_t *tokens,
+                    const Asked *asked) {
+    const int64_t size = trunk->head.inputs;
     Team team = {0};
 #pragma omp parallel num_threads(threads)
     {
@@ -195,14 +224,54 @@ void medusa_forward(int threads, const Trunk *trunk, const Step *step, const Buf
         for (int64_t row; (row = take(&team, 1)) < step->rows;)
             memcpy(b->hidden + row * size, trunk->embedding + tokens[row] * size, size * sizeof(float));
         meet(&team);
-        for (int64_t i = 0; i < trunk->num_layers; i++)
-            run_layer(&team, &scratch, wide, trunk, trunk->layers + i, step, b);
-        for (int64_t i; (i = take(&team, 1)) < count;) {
-            rms_norm(b->hidden + rows[i] * size, trunk->norm, size, epsilon, kept + i * size);
-            quantize_row(&last, i, kept + i * size);
+        run_layers(&team, &scratch, wide, trunk, step, b, asked);
+    }
+}
+
+/* One step of a sequential drafter (models.drafters.sequential) for tokens [rows] and the states before them
+ * [rows][hidden]. */
+void medusa_guess(int threads, const Drafter *drafter, const Step *step, const Buffers *b, const int64_t *tokens,
+                  const float *states, const Asked *asked) {
+    const Trunk *trunk = &drafter->trunk;
+    const int64_t size = trunk->head.inputs;
+    const float epsilon = trunk->layers->epsilon;
+    const Rows both = as_wide(&b->narrow, 2 * size);
+    Team team = {0};
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch scratch;
+        float wide[2 * size];
+        assemble(&team);
+        for (int64_t row; (row = take(&team, 1)) < step->rows;) {
+            rms_norm(trunk->embedding + tokens[row] * size, drafter->token_norm, size, epsilon, wide);
+            rms_norm(states + row * size, drafter->state_norm, size, epsilon, wide + size);
+            quantize_row(&both, row, wide);
         }
         meet(&team);
-        multiply(&team, &trunk->head, &last, count, SET, logits);
+        multiply(&team, &drafter->input, &both, step->rows, SET, b->hidden);
+        run_layers(&team, &scratch, wide, trunk, step, b, asked);
+    }
+}
+
+/* Of each row of scores [rows][width], of which `vocab` count, the `count` largest, best first, and their shares in the
+ * softmax of `sharpness` times the scores. */
+void medusa_best(const float *scores, int64_t rows, int64_t width, int64_t vocab, int64_t count, float sharpness,
+                 int64_t *best, float *shares) {
+    for (int64_t row = 0; row < rows; row++, scores += width, best += count, shares += count) {
+        int64_t found = 0;
+        for (int64_t i = 0; i < vocab; i++) {
+            if (found == count && !(scores[i] > scores[best[count - 1]])) continue;
+            int64_t place = found < count ? found++ : count - 1;
+            for (; place > 0 && scores[i] > scores[best[place - 1]]; place--) best[place] = best[place - 1];
+            best[place] = i;
+        }
+        const float most = scores[best[0]];
+        floats sums = splat(0.0f);
+        int64_t i = 0;
+        for (; i + LANES <= vocab; i += LANES) sums += exponential((load(scores + i) - most) * sharpness);
+        float total = sum_of(sums);
+        for (; i < vocab; i++) total += exponential(splat((scores[i] - most) * sharpness))[0];
+        for (int64_t k = 0; k < count; k++) shares[k] = exponential(splat((scores[best[k]] - most) * sharpness))[0] / total;
     }
 }
 

@@ -52,7 +52,7 @@ def rank_text(heads: Heads, hidden: Tensor, tokens: NDArray[np.int64], counts: N
     position before it.
     """
     texts = []
-    for begin, end in _runs(counts):
+    for begin, end in runs(counts):
         first = max(begin - 1, 0)
         ranks = min(NUM_RANKS, len(heads.token_ids))
         wanted, known = _shifted(tokens[:end], first, heads.num_heads)
@@ -70,7 +70,7 @@ def _shifted(tokens: NDArray[np.int64], first: int, num_heads: int) -> tuple[NDA
     return tokens[np.minimum(there, len(tokens) - 1)], known
 
 
-def _runs(counts: NDArray[np.bool_]) -> list[tuple[int, int]]:
+def runs(counts: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """[begin, end) of each run of counted tokens that is long enough to draft for."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], counts, [False])).astype(np.int8)))
     return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2) if end - max(begin - 1, 0) >= 2]

@@ -31,7 +31,7 @@ from models.train.acceptance import Text, measure_accuracies, rank_text, tau_by_
 from models.train.card import model_card
 from models.train.command import positive, run
 from models.train.data import DataError, encode_rows, read_rows
-from models.train.distill import Distiller, Recipe, draft_vocabulary, teachable
+from models.train.distill import Distiller, Recipe, ResBlockDistiller, draft_vocabulary, teachable
 from models.train.evaluate import VALIDATION_FRACTION, held_out
 from models.train.trunk import TrunkCache, build_cache, check_device, end_tokens, load_trunk
 from models.tree import best_static_choices, expected_tau
@@ -95,7 +95,7 @@ def train(options: argparse.Namespace, console: Console) -> None:
 
     recipe = Recipe(epochs=options.epochs, batch_size=options.batch_size, lr=options.lr, seed=options.seed)
     learned = replace(cache, counts=np.ones_like(cache.counts)) if options.all_positions else cache
-    distiller = Distiller(heads, learned, training, recipe)
+    distiller = ResBlockDistiller(heads, learned, training, recipe)
     _run(distiller, work / "state.pt", lambda: _score(_rank(heads, cache, judged)), options.resume, console)
     texts = _rank(heads, cache, judged)
     _write(options, distiller, texts, vocab_size, own=_own_share(cache, judged))
@@ -142,7 +142,7 @@ def _score(texts: Sequence[Text]) -> float:
     return expected_tau(accuracies, best_static_choices(accuracies, _SCORED_NODES))
 
 
-def _run(distiller: Distiller, state: Path, score: Callable[[], float], resume: bool, console: Console) -> None:
+def _run(distiller: Distiller[Any], state: Path, score: Callable[[], float], resume: bool, console: Console) -> None:
     """Train to the end, saving at each epoch, every few minutes and when asked to stop."""
     if resume and state.exists():
         distiller.load(state)
@@ -178,7 +178,7 @@ def _stop_requests() -> Iterator[list[int]]:
 
 
 def _write(
-    options: argparse.Namespace, distiller: Distiller, texts: Sequence[Text], vocab_size: int, own: float
+    options: argparse.Namespace, distiller: Distiller[Any], texts: Sequence[Text], vocab_size: int, own: float
 ) -> None:
     heads = distiller.heads
     heads.accuracies = measure_accuracies(texts)

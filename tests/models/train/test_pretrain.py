@@ -1,4 +1,4 @@
-"""The whole command on a tiny text: a folder that loads, stopped and continued, refused; served with heads on and off."""
+"""The whole command on a tiny text: a folder that loads, stopped and continued, served with heads on and off."""
 
 from __future__ import annotations
 

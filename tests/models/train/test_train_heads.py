@@ -16,7 +16,7 @@ from models.checkpoint import WEIGHTS_NAME, load_heads
 from models.train import evaluate, heads
 from models.train.acceptance import measure_accuracies, tau_by_nodes
 from models.train.data import Example, encode_rows, read_rows
-from models.train.distill import Distiller
+from models.train.distill import ResBlockDistiller
 from models.train.trunk import load_trunk
 
 
@@ -75,14 +75,14 @@ def test_stopped_and_resumed_equals_uninterrupted(
     whole = load_file(tmp_path / "heads" / WEIGHTS_NAME)
 
     steps = iter(range(1000))
-    step = Distiller._step
+    step = ResBlockDistiller._step
 
-    def interrupted(self: Distiller, batch: Any) -> float:
+    def interrupted(self: ResBlockDistiller, batch: Any) -> float:
         if next(steps) == 13:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, batch)
 
-    monkeypatch.setattr(Distiller, "_step", interrupted)
+    monkeypatch.setattr(ResBlockDistiller, "_step", interrupted)
     again = [*command, "--output", str(tmp_path / "again")]
     assert heads.main(again) == 130
     assert not (tmp_path / "again" / "config.json").exists()
