@@ -53,6 +53,11 @@ def _is_common(layer: Any, scoring: Scoring) -> bool:
     )
 
 
+def can_fuse_drafter(heads: SequentialHeads) -> bool:
+    """Whether `FusedSequential` can run `heads`."""
+    return _is_common(heads.layer, Scoring(1.0)) and heads.shape.hidden_size % reference.GROUP == 0
+
+
 class FusedLayers:
     """Layers of the common shape, packed, and the buffers that a step of them works in."""
 
@@ -176,6 +181,7 @@ class FusedSequential(FusedLayers):
         """`heads`: float32 on a CPU. The pool that it works on has one layer."""
         super().__init__([heads.layer], [Scoring(heads.shape.head_dim**-0.5)])
         self.embedding = heads.embedding
+        self._draft_vocab = len(heads.lm_head)
         trunk = self._trunk(self.embedding, heads.norm.weight, (heads.lm_head, None), heads.rotary, num_positions)
         self._struct = cpu.DrafterStruct(
             trunk,
@@ -201,6 +207,10 @@ class FusedSequential(FusedLayers):
             ctypes.byref(asked.struct),
         )
         return asked.logits, asked.kept
+
+    def best(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """[n, at least draft_vocab] -> the `count` best and their shares of the softmax, [n, count]."""
+        return cpu.best(scores, self._draft_vocab, count, 1.0)
 
 
 def _rotations(rotary: nn.Module, num_positions: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from models.constrained import grow
 from models.drafters.medusa import DraftRow, Heads, propose
 from models.drafters.resblock import DEFAULT_ACCURACIES, Accuracies
+from models.drafters.sequential_drafter import Ask, SequentialDrafter
 from models.grammar import GrammarState
 from models.tree import Guess, draft_from_heads, merge
 
@@ -31,16 +32,42 @@ class Wish:
     hidden: Tensor | None  # [hidden] of the last accepted row; without it the heads cannot guess
     grammar: GrammarState | None = None
     num_forced: int = 0  # nodes besides, for tokens that the grammar forces
+    ask: Ask | None = None  # the same as `hidden`, for a sequential drafter
+
+    @property
+    def has_heads(self) -> bool:
+        return self.hidden is not None or self.ask is not None
 
 
-def combine(heads: Heads | None, wishes: Sequence[Wish]) -> list[list[Guess]]:
+def combine(heads: Heads | SequentialDrafter | None, wishes: Sequence[Wish]) -> list[list[Guess]]:
     """The best guesses for each wish, best by value."""
     if heads is None:
         return [_tree(wish, (), []) for wish in wishes]
+    if isinstance(heads, SequentialDrafter):
+        return _combine_sequential(heads, wishes)
     accuracies = (heads.accuracies or DEFAULT_ACCURACIES)[: heads.num_heads]
     asking = [i for i, wish in enumerate(wishes) if _leaves_room(wish, accuracies[0][0])]
     ranked = dict(zip(asking, _candidates(heads, accuracies, [wishes[i] for i in asking]), strict=True))
     return [_tree(wish, accuracies, ranked.get(i, [])) for i, wish in enumerate(wishes)]
+
+
+def _combine_sequential(drafter: SequentialDrafter, wishes: Sequence[Wish]) -> list[list[Guess]]:
+    asking = [i for i, wish in enumerate(wishes) if _leaves_room(wish, drafter.accuracies[0][0])]
+    free, bound = ([i for i in asking if (wishes[i].grammar is None) is is_free] for is_free in (True, False))
+    trees = dict(zip(free, drafter.trees(_asks(wishes, free)), strict=True))
+    ranked = dict(zip(bound, drafter.ranked(_asks(wishes, bound)), strict=True))
+    found = []
+    for i, wish in enumerate(wishes):
+        if wish.grammar is None:
+            found.append(merge([wish.copied, trees.get(i, [])], wish.num_nodes))
+        else:
+            tokens, shares = ranked.get(i, ([], []))
+            found.append(_tree(wish, (tuple(shares),) if shares else (), [tokens] if tokens else []))
+    return found
+
+
+def _asks(wishes: Sequence[Wish], chosen: Sequence[int]) -> list[Ask]:
+    return [ask for i in chosen if (ask := wishes[i].ask) is not None]
 
 
 def _tree(wish: Wish, accuracies: Accuracies, ranked: Sequence[Sequence[int]]) -> list[Guess]:
@@ -62,8 +89,8 @@ def _leaves_room(wish: Wish, value: float) -> bool:
     """Would a guess of the heads, of this value and unlike the copied ones, be among the nodes?"""
     if wish.num_nodes == 0:
         return False
-    if wish.hidden is None or len(wish.copied) < wish.num_nodes:
-        return wish.hidden is not None
+    if not wish.has_heads or len(wish.copied) < wish.num_nodes:
+        return wish.has_heads
     best = Guess(-1, -1, value, "heads")
     return any(guess.source == "heads" for guess in merge([wish.copied, [best]], wish.num_nodes))
 

@@ -19,9 +19,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
+from models.attention import Scoring, tree_attention
+from models.batch import Batch
 from models.drafters.resblock import Accuracies
+from models.kv_pool import KVPool
+from models.kv_pool import Shape as KVShape
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,11 @@ class Shape:
     inner_size: int
     rope_theta: float = 10_000.0
     epsilon: float = 1e-5
+
+    @property
+    def kv(self) -> KVShape:
+        """Of its layer's K and V."""
+        return self.num_kv_heads, self.head_dim, self.head_dim
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(
@@ -108,4 +122,25 @@ class SequentialHeads(nn.Module):
         """tokens [...] and the states before them [..., hidden] -> what enters the layer, [..., hidden]."""
         embedded = self.token_norm(self.embedding[tokens].to(states.dtype))
         found: Tensor = self.input(torch.cat([embedded, self.state_norm(states)], -1))
+        return found
+
+    def step(self, tokens: Tensor, states: Tensor, batch: Batch, pool: KVPool) -> Tensor:
+        """One pass over a step's rows, whose K and V go to the only layer of `pool`.
+
+        tokens: [rows]; states: [rows, hidden] before them. Returns [rows, hidden], what enters the LM head.
+        """
+        layer, dim = self.layer, self.shape.head_dim
+        x = self.inputs(tokens, states.to(self.input.weight.dtype))
+        normed, attn = layer.input_layernorm(x), layer.self_attn
+        rotation = self.rotary(x, batch.positions[None])
+        query, key = apply_rotary_pos_emb(
+            *(project(normed).view(1, len(x), -1, dim).transpose(1, 2) for project in (attn.q_proj, attn.k_proj)),
+            *rotation,
+        )
+        pool.write(0, batch.slots, key[0].transpose(0, 1), attn.v_proj(normed).view(len(x), -1, dim))
+        scoring = Scoring(dim**-0.5)
+        attended = tree_attention(query[0].transpose(0, 1), pool.keys[0], pool.values[0], batch, scoring)
+        x = x + attn.o_proj(attended.reshape(len(x), -1))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        found: Tensor = self.norm(x)
         return found

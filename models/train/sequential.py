@@ -121,12 +121,12 @@ def gather(cache: TrunkCache, examples: NDArray[np.int64], device: torch.device)
 
 
 @torch.inference_mode()
-def rank_sequential(heads: SequentialHeads, cache: TrunkCache, example: int) -> list[Text]:
-    """As `acceptance.rank_text`, for one example: ranks given that the tokens before were guessed right."""
-    texts = gather(cache, np.array([example]), heads.device)
-    states = unroll(heads, texts.tokens, texts.states, heads.num_heads)
-    here = slice(int(cache.starts[example]), int(cache.starts[example + 1]))
-    tokens, counts = cache.tokens[here], cache.counts[here]
+def rank_sequential(
+    heads: SequentialHeads, hidden: Tensor, tokens: NDArray[np.int64], counts: NDArray[np.bool_]
+) -> list[Text]:
+    """As `acceptance.rank_text`, but ranks are given that the tokens before were guessed right."""
+    following = torch.from_numpy(tokens[1:])[None].to(heads.device)
+    states = unroll(heads, following, hidden[None, :-1].to(heads.input.weight), heads.num_heads)
     best = [_best(heads, state[0]) for state in states]
     return [_text(best, tokens, begin, end) for begin, end in runs(counts)]
 

@@ -79,6 +79,31 @@ class ServedTrunk:
         return hidden, logits
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """A model that heads are trained for, and what they take from it."""
+
+    trunk: Any  # what `build_cache` runs: transformers' model, or a ServedTrunk
+    tokenizer: Any
+    config: Any
+    embedding: Tensor  # [vocab, hidden]
+    lm_head: Tensor  # [vocab, hidden]
+    ends: list[int]  # token ids that end a text
+
+
+def load_frozen(path: Path, dtype: torch.dtype, device: str, *, is_int8: bool, max_length: int) -> Frozen:
+    """Load the model; with `is_int8` as a CPU serves it. Raises TrunkError, BackboneError and KernelError."""
+    model, tokenizer = load_trunk(path, dtype, device)
+    return Frozen(
+        ServedTrunk(path, max_length) if is_int8 else model,
+        tokenizer,
+        model.config.get_text_config(decoder=True),
+        model.get_input_embeddings().weight.detach(),
+        model.get_output_embeddings().weight.detach(),
+        end_tokens(model, tokenizer),
+    )
+
+
 def load_trunk(path: Path, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     """The model, frozen, and its tokenizer. Raises TrunkError."""
     verbosity = logging.get_verbosity()

@@ -63,7 +63,7 @@ def _attend(
 def _visible(rows: int, depths: int, device: torch.device) -> Tensor:
     """Which rows of depths 1, 2, ... a row of the last depth sees: [rows, depths * rows] bool.
 
-    Of depth 1 those up to the root, which lies `depths` - 1 rows back; of each later one the row on the path from there.
+    Of depth 1 those up to the root, which lies `depths` - 1 rows back; of each later one the row on the path below it.
     """
     first = torch.ones(rows, rows, dtype=torch.bool, device=device).tril(1 - depths)
     later = [torch.ones(rows, device=device).diag(i + 1 - depths)[:rows, :rows].bool() for i in range(1, depths)]

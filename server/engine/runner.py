@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
@@ -27,13 +27,18 @@ from models.drafters.medusa import DraftRow, Heads
 from models.drafters.mtp import own_heads
 from models.drafters.packed import PackedHeads
 from models.drafters.resblock import ResBlockHeads
+from models.drafters.sequential import SequentialHeads
+from models.drafters.sequential_drafter import Ask, SequentialDrafter, TorchGuesser, scratch_slots
+from models.fused import FusedSequential, can_fuse_drafter
 from models.grammar import GrammarError, Grammars, GrammarState
 from models.kernels.build import KernelError
 from models.kernels.cpu import kernels, take_seconds
 from models.kv_pool import KVPool
+from models.kv_pool import Shape as KVShape
 from models.masks import Mask
 from models.probe import BackboneError
 from models.sampling import History, Row
+from models.sequential_checkpoint import build_sequential, check_sequential, is_sequential, read_sequential
 from models.tree import Guess, Tree
 from server.engine.messages import EngineConfig, ModelInfo, Submit, TokenLogprobs
 from server.engine.request import Draft, Outcome, Request, Work
@@ -46,12 +51,17 @@ logger = logging.getLogger(__name__)
 class Runner:
     """Implements `core.ModelRunner` with tensors."""
 
-    def __init__(self, backbone: Backbone, heads: Heads | None, config: EngineConfig) -> None:
+    def __init__(self, backbone: Backbone, heads: Heads | SequentialHeads | None, config: EngineConfig) -> None:
         """Take a loaded model and make its pool. Raises `StartupError` if the limits cannot be met."""
         self.backbone = backbone
-        self.heads = heads
         dtype, self.device = backbone.lm_head_weight.dtype, backbone.lm_head_weight.device
-        kv_cache_tokens, max_model_len = _limits(config, backbone)
+        layers = [*backbone.kv_shapes, *([heads.shape.kv] if isinstance(heads, SequentialHeads) else [])]
+        kv_cache_tokens, max_model_len = _limits(config, backbone, layers)
+        self.heads: Heads | SequentialDrafter | None
+        if isinstance(heads, SequentialHeads):
+            self.heads = _sequential(heads, backbone, kv_cache_tokens, max_model_len, config.max_num_seqs)
+        else:
+            self.heads = heads
         self.pool = KVPool(backbone.kv_shapes, kv_cache_tokens, dtype=backbone.kv_dtype, device=self.device)
         self.info = ModelInfo(
             path=config.model,
@@ -80,16 +90,14 @@ class Runner:
         device = _device(config.device)
         dtype = _dtype(config.dtype, device)
         try:
-            tensors = None if config.heads is None else read_heads(Path(config.heads))
-            if tensors is not None:
-                hidden_size, vocab_size = read_sizes(config.model)
-                check_heads(tensors, hidden_size=hidden_size, vocab_size=vocab_size)
-            extra_heads = tensors is None and config.own_heads
+            build = None if config.heads is None else _read_heads(Path(config.heads), config.model)
+            extra_heads = build is None and config.own_heads
             backbone = Backbone.load(config.model, dtype=dtype, device=device, extra_heads=extra_heads)
-            heads: Heads | None = None if tensors is None else build_heads(tensors, backbone.lm_head_weight)
             if _wants_int8(config, backbone):
                 backbone.quantize()
-                heads = PackedHeads(heads) if isinstance(heads, ResBlockHeads) else heads
+            built = None if build is None else build(backbone)
+            is_int8 = backbone.quantization == "int8"
+            heads = PackedHeads(built) if is_int8 and isinstance(built, ResBlockHeads) else built
         except (BackboneError, CheckpointError) as error:
             raise StartupError(str(error)) from error
         runner = cls(backbone, heads or own_heads(backbone), config)
@@ -126,6 +134,8 @@ class Runner:
         self._masks.pop(request.id, None)
         self._copies.pop(request.id, None)
         self._grammar_states.pop(request.id, None)
+        if isinstance(self.heads, SequentialDrafter):
+            self.heads.forget(request.id)
 
     @torch.inference_mode()
     def draft(self, requests: Sequence[Request], num_nodes: Sequence[int], num_forced: Sequence[int]) -> list[Draft]:
@@ -139,10 +149,15 @@ class Runner:
 
     def _wish(self, request: Request, num_nodes: int, num_forced: int) -> Wish:
         row = DraftRow(request.submit.sampling, len(request.tokens), self._mask(request))
-        hidden, grammar = self._hidden.get(request.id), self._grammar(request)
-        return Wish(num_nodes, self._max_depth(request), self._copied(request), row, hidden, grammar, num_forced)
+        hidden, grammar, depth = self._hidden.get(request.id), self._grammar(request), self._max_depth(request)
+        ask = None
+        if isinstance(self.heads, SequentialDrafter) and self.heads.knows(request.id, len(request.tokens) - 1):
+            ask = Ask(request.id, request.tokens, request.slots, row, num_nodes, depth)
+        return Wish(num_nodes, depth, self._copied(request), row, hidden, grammar, num_forced, ask)
 
     def _has_heads(self, request: Request) -> bool:
+        if isinstance(self.heads, SequentialDrafter):
+            return self.heads.knows(request.id, len(request.tokens) - 1)
         return self.heads is not None and request.id in self._hidden
 
     def _copied(self, request: Request) -> list[Guess]:
@@ -160,7 +175,9 @@ class Runner:
         """One forward pass over all rows, then each request's verification."""
         starts = [0, *accumulate(work.num_chain + len(work.node_tokens) for work in works)]
         scored = [_scored_rows(work, start) for work, start in zip(works, starts, strict=False)]
-        logits, hidden = self._forward(works, [row for rows in scored for row in rows])
+        kept = [self._kept_rows(*each) for each in zip(works, starts, scored, strict=False)]
+        logits, hidden = self._forward(works, kept, scored)
+        states = torch.split(hidden, list(map(len, kept)))
         firsts = [0, *accumulate(map(len, scored))]
         rows = [self._rows(work) for work in works]
         # a prompt's own rows come first among its scored rows; those sampled from are the last of them
@@ -174,14 +191,23 @@ class Runner:
             sampled = sampling.sample(chosen, [row for mine in rows for row in mine]).tolist()
         outcomes: list[Outcome] = []
         used = 0
-        for work, mine, first, last in zip(works, rows, firsts, firsts[1:], strict=False):
+        for work, mine, first, last, state in zip(works, rows, firsts, firsts[1:], states, strict=False):
             drawn = sampled[used : used + len(mine)]
             used += len(mine)
-            outcomes.append(self._outcome(work, mine, drawn, logits[first:last], hidden[first:last]))
+            outcomes.append(self._outcome(work, mine, drawn, logits[first:last], state))
         return outcomes
 
-    def _forward(self, works: Sequence[Work], scored: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Pack the rows of all works and run the backbone."""
+    def _kept_rows(self, work: Work, start: int, scored: list[int]) -> list[int]:
+        """Packed rows whose states are needed: a sequential drafter looks at all of them."""
+        speculates = work.request.submit.speculation.mode != "off"
+        if not isinstance(self.heads, SequentialDrafter) or not speculates:
+            return scored
+        return list(range(start, start + work.num_chain + len(work.node_tokens)))
+
+    def _forward(
+        self, works: Sequence[Work], kept: Sequence[list[int]], scored: Sequence[list[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Pack the rows of all works and run the backbone. Returns logits of `scored` and states of `kept` rows."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -194,12 +220,18 @@ class Runner:
             slots += [*work.chain_slots, *work.node_slots]
             context = _tensor(work.request.slots).to(self.device)
             segments.append(Segment(work.num_chain + len(tree), context, work.num_chain, work.node_parents))
+        if isinstance(self.heads, SequentialDrafter):
+            self.heads.overwrite(slots)
         batch = build_batch(segments, torch.tensor(positions), torch.tensor(slots), self.device)
+        rows, asked = list(chain.from_iterable(kept)), list(chain.from_iterable(scored))
+        is_same = len(rows) == len(asked)
+        places = {row: place for place, row in enumerate(rows)} if not is_same else {}
         return self.backbone.forward(
             torch.tensor(tokens, device=self.device),
             batch,
             self.pool,
-            torch.tensor(scored, dtype=torch.long, device=self.device),
+            torch.tensor(rows, dtype=torch.long, device=self.device),
+            None if is_same else torch.tensor([places[row] for row in asked], dtype=torch.long, device=self.device),
         )
 
     def _rows(self, work: Work) -> list[Row]:
@@ -268,15 +300,16 @@ class Runner:
     def _outcome(
         self, work: Work, rows: Sequence[Row], sampled: Sequence[int], logits: Tensor, hidden: Tensor
     ) -> Outcome:
-        """logits, hidden: this work's scored rows, [scored, vocab] and [scored, hidden]."""
+        """logits: this work's scored rows, [scored, vocab]; hidden: its kept rows, [kept, hidden]."""
         request = work.request
         prompt_logprobs = self._prompt_logprobs(work, logits)
         if not rows:
+            self._remember(work, hidden, ())
             return Outcome(prompt_logprobs=prompt_logprobs)
-        logits, hidden = logits[-len(rows) :], hidden[-len(rows) :]
+        logits = logits[-len(rows) :]
         path = self._accept(work, rows, sampled, logits)
         kept = [0, *(node + 1 for node in path)]
-        self._hidden[request.id] = hidden[kept[-1]]
+        self._remember(work, hidden, path)
         nodes, bonus = tuple([work.node_tokens[node] for node in path]), sampled[kept[-1]]
         is_over = bonus == sampling.NO_TOKEN
         emitted = nodes if is_over else (*nodes, bonus)
@@ -291,6 +324,18 @@ class Runner:
         count = request.submit.sampling.logprobs
         logprobs = () if count is None else score(logits[kept[: len(emitted)]], emitted, count)
         return Outcome(emitted, path, logprobs, prompt_logprobs, is_over, is_complete)
+
+    def _remember(self, work: Work, hidden: Tensor, path: tuple[int, ...]) -> None:
+        """Keep what the heads will look at. hidden: the work's kept rows."""
+        request = work.request
+        if not isinstance(self.heads, SequentialDrafter):
+            if work.reaches_end:
+                num_rows = 1 + len(work.node_tokens)
+                self._hidden[request.id] = hidden[len(hidden) - num_rows + (path[-1] + 1 if path else 0)]
+        elif request.submit.speculation.mode != "off":
+            chosen = [*range(work.num_chain), *(work.num_chain + node for node in path)]
+            is_all = len(chosen) == len(hidden)
+            self.heads.remember(request.id, work.start, hidden if is_all else hidden[chosen])
 
     def _accept(self, work: Work, rows: Sequence[Row], sampled: Sequence[int], logits: Tensor) -> tuple[int, ...]:
         """The surviving nodes, by the request's own rule."""
@@ -347,14 +392,37 @@ def _wants_int8(config: EngineConfig, backbone: Backbone) -> bool:
     return True
 
 
-def _limits(config: EngineConfig, backbone: Backbone) -> tuple[int, int]:
+def _read_heads(path: Path, model: str) -> Callable[[Backbone], ResBlockHeads | SequentialHeads]:
+    """Read heads and check them against the model's sizes; what is returned puts them on the loaded model."""
+    hidden_size, vocab_size = read_sizes(model)
+    if is_sequential(path):
+        found = read_sequential(path)
+        check_sequential(found, hidden_size=hidden_size, vocab_size=vocab_size)
+        return lambda backbone: build_sequential(found, backbone.embedding_weight, backbone.lm_head_weight)
+    tensors = read_heads(path)
+    check_heads(tensors, hidden_size=hidden_size, vocab_size=vocab_size)
+    return lambda backbone: build_heads(tensors, backbone.lm_head_weight)
+
+
+def _sequential(
+    heads: SequentialHeads, backbone: Backbone, num_slots: int, num_positions: int, max_num_seqs: int
+) -> SequentialDrafter:
+    """The drafter with memory of its own, in C if the model is."""
+    total = num_slots + scratch_slots(max_num_seqs)
+    pool = KVPool([heads.shape.kv], total, dtype=backbone.kv_dtype, device=heads.device)
+    is_packed = backbone.quantization == "int8" and can_fuse_drafter(heads)
+    guesser = FusedSequential(heads, num_positions) if is_packed else TorchGuesser(heads)
+    return SequentialDrafter(heads, guesser, pool, num_slots)
+
+
+def _limits(config: EngineConfig, backbone: Backbone, layers: Sequence[KVShape]) -> tuple[int, int]:
     """KV tokens of the pool, and the longest prompt + completion."""
     limit = backbone.max_position_embeddings or 2**31
     max_model_len = config.max_model_len or limit
     if max_model_len > limit:
         raise StartupError(f"--max-model-len {max_model_len} exceeds the model's own {limit} positions: lower it.")
     weight = backbone.lm_head_weight
-    fitting = memory.free_bytes(weight.device) // KVPool.bytes_per_token(backbone.kv_shapes, backbone.kv_dtype)
+    fitting = memory.free_bytes(weight.device) // KVPool.bytes_per_token(layers, backbone.kv_dtype)
     kv_cache_tokens = config.kv_cache_tokens or min(fitting, config.max_num_seqs * max_model_len)
     if not 0 < kv_cache_tokens <= fitting:
         raise StartupError(
