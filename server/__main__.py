@@ -19,6 +19,7 @@ usage: medusa-serve COMMAND ...
   distill [MODEL] --output FILE --tokens N ...     let a model write the text that its heads learn from
   train heads ...                                  train Medusa heads for a model
   train pretrain --data FILES --output DIR ...     train a multi-token model on text, from scratch
+  export heads HEADS --format FORMAT ...           write heads for FasterDecoding's Medusa, TGI or vLLM
   evaluate heads ...                               tokens per step on held-out prompts, by number of nodes
   evaluate perplexity ...                          int8 weights against float32 on a text
   version                                          print the version
@@ -44,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from models.train import pretrain
 
             return pretrain.main(flags)
+        case ["export", "heads", *flags]:
+            from models import export
+
+            return export.main(flags)
         case ["evaluate", "heads", *flags]:
             from models.train import evaluate
 

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def load_frozen(path: Path, dtype: torch.dtype, device: str, *, is_int8: bool, m
     )
 
 
-def load_trunk(path: Path, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+def load_trunk(path: Path, dtype: torch.dtype | Literal["auto"], device: str) -> tuple[Any, Any]:
     """The model, frozen, and its tokenizer. Raises TrunkError."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what matters of its loading report is raised
