@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from ctypes import c_int64
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,9 +22,12 @@ from transformers import PreTrainedModel
 
 from models.attention import Scoring
 from models.batch import Batch
+from models.drafters import growth
+from models.drafters.growth import Chain
 from models.drafters.sequential import SequentialHeads
 from models.kernels import cpu, reference
 from models.kv_pool import KVPool
+from models.tree import Guess
 
 COMMON = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM"}
 FIXED_ROTATIONS = {"default", "linear", "llama3", "yarn"}  # of a position, whatever the others are
@@ -181,7 +186,11 @@ class FusedSequential(FusedLayers):
         """`heads`: float32 on a CPU. The pool that it works on has one layer."""
         super().__init__([heads.layer], [Scoring(heads.shape.head_dim**-0.5)])
         self.embedding = heads.embedding
-        self._draft_vocab = len(heads.lm_head)
+        self._token_ids = heads.token_ids
+        ranks = min(growth.NUM_RANKS, len(heads.token_ids))
+        self._rules = cpu.RulesStruct(
+            ranks, growth.WIDTH, heads.num_heads, growth.LEAST_VALUE, growth.NEXT_RIGHT, growth.LEAST_GAIN
+        )
         trunk = self._trunk(self.embedding, heads.norm.weight, (heads.lm_head, None), heads.rotary, num_positions)
         self._struct = cpu.DrafterStruct(
             trunk,
@@ -208,9 +217,43 @@ class FusedSequential(FusedLayers):
         )
         return asked.logits, asked.kept
 
+    def draft(self, chains: Sequence[Chain], pool: KVPool, scratch: int) -> list[list[Guess]]:
+        """Whole trees in one call, grown as `models.drafters.growth` grows them. Slots from `scratch` on are free."""
+        asks = (cpu.AskStruct * len(chains))(*map(_ask_struct, chains))
+        total = sum(chain.num_nodes for chain in chains)
+        tokens, parents = torch.empty(2, total, dtype=torch.int64)
+        values, counts = torch.empty(total), torch.empty(len(chains), dtype=torch.int64)
+        states = torch.cat([chain.states for chain in chains])
+        buffers = self._buffers(max(len(states), len(chains) * growth.WIDTH), pool)
+        cpu.call(
+            "medusa_draft",
+            ctypes.byref(self._struct),
+            ctypes.byref(self._rules),
+            ctypes.byref(buffers),
+            asks,
+            c_int64(len(chains)),
+            cpu.address(states),
+            c_int64(scratch),
+            cpu.address(self._token_ids),
+            c_int64(len(self._token_ids)),
+            *map(cpu.address, (tokens, parents, values, counts)),
+        )
+        nodes = list(zip(tokens.tolist(), parents.tolist(), values.tolist(), strict=True))
+        starts = accumulate([chain.num_nodes for chain in chains], initial=0)
+        return [
+            [Guess(*node, "heads") for node in nodes[start : start + count]]
+            for start, count in zip(starts, counts.tolist(), strict=False)
+        ]
+
     def best(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """[n, at least draft_vocab] -> the `count` best and their shares of the softmax, [n, count]."""
-        return cpu.best(scores, self._draft_vocab, count, 1.0)
+        return cpu.best(scores, len(self._token_ids), count, 1.0)
+
+
+def _ask_struct(chain: Chain) -> cpu.AskStruct:
+    tensors = chain.context, chain.tokens, chain.slots
+    sizes = len(chain.context), len(chain.tokens), chain.position, chain.num_nodes, chain.max_depth
+    return cpu.AskStruct(*map(cpu.address, tensors), *sizes)
 
 
 def _rotations(rotary: nn.Module, num_positions: int) -> tuple[Tensor, Tensor]:

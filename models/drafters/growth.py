@@ -3,21 +3,39 @@
 Round by round the likeliest nodes are opened: the drafter guesses what follows them. A node is opened only if it is
 among the best so far, so sure texts grow deep and unsure ones wide (EAGLE-2, arXiv 2406.16858, without a fixed shape).
 
-Invariants: pure Python; a node's value is at most its parent's.
+Invariants: `Growth` is pure Python; a node's value is at most its parent's.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
+
+from torch import Tensor
 
 from models.tree import Guess
 
 ROOT: Final = -1
+NUM_RANKS: Final = 8  # guesses below one node
+WIDTH: Final = 4  # nodes opened in one round
 LEAST_GAIN: Final = 0.06  # what a round is expected to add to the tokens of a step; less does not pay for it
 LEAST_VALUE: Final = 0.05  # of a node that is worth opening
 NEXT_RIGHT: Final = 0.5  # how often the best guess below a right node is right, roughly
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Where one request's tree begins: what the drafter has not seen of its text, the root last."""
+
+    context: Tensor  # [n] slots that come before
+    tokens: Tensor  # [chain]
+    slots: Tensor  # [chain]
+    states: Tensor  # [chain, hidden] before each token
+    position: int  # of the first of them
+    num_nodes: int
+    max_depth: int
 
 
 class Growth:

@@ -13,7 +13,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from itertools import accumulate
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.batch import Batch, Segment, build_batch
-from models.drafters.growth import ROOT, Growth
+from models.drafters.growth import NUM_RANKS, ROOT, WIDTH, Chain, Growth
 from models.drafters.medusa import DraftRow
 from models.drafters.resblock import DEFAULT_ACCURACIES
 from models.drafters.sequential import SequentialHeads
@@ -30,8 +31,6 @@ from models.sampling import gumbel_from_keys, noise_key
 from models.tree import Guess
 
 CONTEXT: Final = 512  # positions that the drafter looks back
-NUM_RANKS: Final = 8  # guesses below one node
-WIDTH: Final = 4  # nodes opened in one round
 
 
 class Guesser(Protocol):
@@ -42,6 +41,14 @@ class Guesser(Protocol):
 
     def best(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """[n, at least draft_vocab] -> the `count` best and their shares of the softmax, [n, count]."""
+
+
+@runtime_checkable
+class Grower(Protocol):
+    """Can do even more: grow whole trees, if all that counts is which tokens are likeliest."""
+
+    def draft(self, chains: Sequence[Chain], pool: KVPool, scratch: int) -> list[list[Guess]]:
+        """The best guesses of each chain; slots of the pool from `scratch` on are free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +106,8 @@ class SequentialDrafter:
         self._device = heads.device
         self._is_valid: NDArray[np.bool_] = np.zeros(num_slots + 1, dtype=np.bool_)
         self._memories: dict[str, Memory] = {}
-        self._next_slot = 0
+        self._next_slot = num_slots + 1
+        self._grower = guesser if isinstance(guesser, Grower) else None
 
     def overwrite(self, slots: Sequence[int]) -> None:
         """The model has written to these slots: what lay there is another token's."""
@@ -118,6 +126,7 @@ class SequentialDrafter:
 
     def ranked(self, asks: Sequence[Ask]) -> list[tuple[list[int], list[float]]]:
         """The first tokens alone, and their probabilities: for trees that a grammar grows."""
+        self._next_slot = self._num_slots + 1
         found = []
         for growth in self._grow(asks, max_rounds=1):
             best = sorted(growth.guesses, key=lambda guess: -guess.value)
@@ -125,47 +134,66 @@ class SequentialDrafter:
         return found
 
     def trees(self, asks: Sequence[Ask]) -> list[list[Guess]]:
-        """Guesses of each request, more than were asked for: a draft that `models.tree.merge` takes the best of."""
-        return [growth.guesses for growth in self._grow(asks, self.num_heads)]
+        """Guesses of each request, at least the best of them: a draft for `models.tree.merge`."""
+        self._next_slot = self._num_slots + 1
+        plain, others = ([i for i, ask in enumerate(asks) if _is_plain(ask) is kind] for kind in (True, False))
+        if self._grower is None or not plain:
+            return [growth.guesses for growth in self._grow(asks, self.num_heads)]
+        chains = [self._catch_up(asks[i]) for i in plain]
+        found = dict(zip(plain, self._grower.draft(chains, self._pool, self._next_slot), strict=True))
+        grown = self._grow([asks[i] for i in others], self.num_heads)
+        found |= {i: growth.guesses for i, growth in zip(others, grown, strict=True)}
+        return [found[i] for i in range(len(asks))]
 
     def _grow(self, asks: Sequence[Ask], max_rounds: int) -> list[Growth]:
+        """Trees whose nodes are chosen here, which every way of decoding allows."""
         if not asks:
             return []
-        self._next_slot = self._num_slots + 1
         branches = self._plant(asks)
         for _ in range(max_rounds - 1):
             chosen = [(branch, node) for branch in branches for node in branch.growth.next_round(WIDTH)]
-            if not chosen or self._next_slot + len(chosen) > len(self._pool.keys[0]):
+            if not chosen:
                 break
             self._open(chosen)
         return [branch.growth for branch in branches]
 
+    def _catch_up(self, ask: Ask) -> Chain:
+        """The rows that a request's text has more than its K and V, to be computed now."""
+        memory, root = self._memories[ask.request], len(ask.text) - 1
+        first = root - memory.count + 1  # the state before it is the oldest one kept
+        own = np.array(ask.slots[first:root], dtype=np.int64)
+        before = np.array(ask.slots[max(first - CONTEXT, 0) : first], dtype=np.int64)
+        context = before[self._is_valid[before]]
+        self._is_valid[own] = True
+        states = memory.parts[0] if len(memory.parts) == 1 else torch.cat(memory.parts)
+        memory.parts, memory.count = [states[-1:]], 1  # the root's own slot is known only later
+        return Chain(
+            torch.from_numpy(context).to(self._device),
+            torch.tensor(ask.text[first : root + 1], device=self._device),
+            torch.from_numpy(np.append(own, self._take_slot())).to(self._device),
+            states,
+            first,
+            ask.num_nodes,
+            min(ask.max_depth, self.num_heads),
+        )
+
     def _plant(self, asks: Sequence[Ask]) -> list[Branch]:
         """Catch up with each text, and open its root."""
-        branches, segments, states = [], [], []
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        last_rows: list[int] = []
-        for ask in asks:
-            memory, root = self._memories[ask.request], len(ask.text) - 1
-            first = root - memory.count + 1  # of the positions to compute: its state before is the oldest one kept
-            own = np.array(ask.slots[first:root], dtype=np.int64)
-            before = np.array(ask.slots[max(first - CONTEXT, 0) : first], dtype=np.int64)
-            context = torch.from_numpy(before[self._is_valid[before]]).to(self._device)
-            mine = [*own.tolist(), self._take_slot()]
-            self._is_valid[own] = True
-            segments.append(Segment(len(mine), context, len(mine), ()))
-            tokens += ask.text[first : root + 1]
-            positions += range(first, root + 1)
-            slots += mine
-            states += memory.parts
-            last_rows.append(len(tokens) - 1)
-            memory.parts, memory.count = [memory.parts[-1][-1:]], 1  # the root's own slot is known only later
-            seen = torch.cat([context, torch.tensor(mine, device=self._device)])
-            branches.append(Branch(ask, Growth(ask.num_nodes, min(ask.max_depth, self.num_heads)), seen, {ROOT: ()}))
-        opened = [(branch, ROOT) for branch in branches]
-        self._run(opened, segments, tokens, positions, slots, torch.cat(states), torch.tensor(last_rows))
+        chains = [self._catch_up(ask) for ask in asks]
+        branches = [
+            Branch(ask, Growth(chain.num_nodes, chain.max_depth), torch.cat([chain.context, chain.slots]), {ROOT: ()})
+            for ask, chain in zip(asks, chains, strict=True)
+        ]
+        positions = [torch.arange(chain.position, chain.position + len(chain.tokens)) for chain in chains]
+        self._run(
+            [(branch, ROOT) for branch in branches],
+            [Segment(len(chain.tokens), chain.context, len(chain.tokens), ()) for chain in chains],
+            torch.cat([chain.tokens for chain in chains]),
+            torch.cat(positions),
+            torch.cat([chain.slots for chain in chains]),
+            torch.cat([chain.states for chain in chains]),
+            torch.tensor(list(accumulate(len(chain.tokens) for chain in chains))) - 1,
+        )
         return branches
 
     def _open(self, chosen: Sequence[tuple[Branch, int]]) -> None:
@@ -182,24 +210,23 @@ class SequentialDrafter:
             positions.append(len(branch.ask.text) - 1 + branch.growth.depth(node))
             slots.append(slot)
             states.append(branch.states[guess.parent])
-        self._run(chosen, segments, tokens, positions, slots, torch.stack(states), torch.arange(len(chosen)))
+        device = self._device
+        rows = torch.tensor(tokens, device=device), torch.tensor(positions), torch.tensor(slots)
+        self._run(chosen, segments, *rows, torch.stack(states), torch.arange(len(chosen)))
 
     def _run(
         self,
         opened: Sequence[tuple[Branch, int]],
         segments: Sequence[Segment],
-        tokens: Sequence[int],
-        positions: Sequence[int],
-        slots: Sequence[int],
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
         states: Tensor,
         rows: Tensor,
     ) -> None:
         """One pass of the layer; row `rows[i]` opens `opened[i]`."""
-        device = self._device
-        batch = build_batch(segments, torch.tensor(positions), torch.tensor(slots), device)
-        logits, kept = self._guesser.guess(
-            torch.tensor(tokens, device=device), states.float(), batch, self._pool, rows.to(device)
-        )
+        batch = build_batch(segments, positions, slots, self._device)
+        logits, kept = self._guesser.guess(tokens, states.float(), batch, self._pool, rows.to(self._device))
         self._adjust(logits, opened)
         best, shares = self._guesser.best(logits, min(NUM_RANKS, len(self._token_ids)))
         found: list[list[int]] = self._token_ids[best].tolist()
@@ -240,6 +267,11 @@ class TorchGuesser:
         return best, shares
 
 
-def scratch_slots(max_num_seqs: int) -> int:
-    """Slots that guesses need: the root and the nodes opened, for each request at a time."""
-    return 1 + max_num_seqs * (1 + WIDTH * 8)
+def _is_plain(ask: Ask) -> bool:
+    """Neither noise nor a mask has a say in which tokens are likeliest."""
+    return ask.row.params.temperature == 0 and ask.row.mask is None
+
+
+def scratch_slots(max_num_seqs: int, num_heads: int) -> int:
+    """Slots that guesses need: the root's and those of the nodes opened, for so many requests at a time."""
+    return max_num_seqs * (1 + WIDTH * (num_heads - 1))

@@ -4,7 +4,10 @@
  */
 #include <omp.h>
 
+#include <stdlib.h>
+
 #include "attention.h"
+#include "draft.h"
 #include "linear.h"
 
 #define PANEL 128  /* rows whose quantised values stay in the second-level cache */
@@ -273,6 +276,57 @@ void medusa_best(const float *scores, int64_t rows, int64_t width, int64_t vocab
         for (; i < vocab; i++) total += exponential(splat((scores[i] - most) * sharpness))[0];
         for (int64_t k = 0; k < count; k++) shares[k] = exponential(splat((scores[best[k]] - most) * sharpness))[0] / total;
     }
+}
+
+static void *room(int64_t count, int64_t size) {
+    void *memory = malloc((count ? count : 1) * size);
+    if (!memory) abort();
+    return memory;
+}
+
+/* Trees of a sequential drafter. states [sum of num_chain][hidden]: before each token of the chains; token_ids [vocab]:
+ * the draft vocabulary; slots from `scratch` on are free. tokens, parents, values: [sum of num_nodes], counts: [num_asks]. */
+void medusa_draft(int threads, const Drafter *drafter, const Rules *rules, const Buffers *b, const Ask *asks,
+                  int64_t num_asks, const float *states, int64_t scratch, const int64_t *token_ids, int64_t vocab,
+                  int64_t *tokens, int64_t *parents, float *values, int64_t *counts) {
+    const int64_t size = drafter->trunk.head.inputs, outputs = drafter->trunk.head.outputs, width = rules->width;
+    int64_t chains = 0, slots = 0, opened = num_asks * (1 + width * (rules->rounds - 1));
+    for (int64_t i = 0; i < num_asks; i++) {
+        chains += asks[i].num_chain;
+        slots += width * (asks[i].num_context + asks[i].num_chain + rules->rounds);
+    }
+    const int64_t rows = chains > num_asks * width ? chains : num_asks * width;
+    Grove grove = {rules, asks, num_asks, rules->ranks * (1 + width * (rules->rounds - 1)), 0, 0, scratch, 0, 0, 0};
+    grove.counts = room(num_asks, sizeof(int64_t)), grove.root_states = room(num_asks, sizeof(int64_t));
+    grove.nodes = room(num_asks * grove.most, sizeof(Node)), grove.states = room(opened * size, sizeof(float));
+    memset(grove.counts, 0, num_asks * sizeof(int64_t));
+    int64_t *places = room(slots + 7 * rows, sizeof(int64_t)); /* one block for all arrays of integers */
+    Round round = {{0}, room(rows, sizeof(Segment)), places + 7 * rows, places, places + rows, room(rows, sizeof(int32_t)),
+                   places + 2 * rows, places + 3 * rows, places + 4 * rows, places + 5 * rows,
+                   room(rows * size, sizeof(float)), room(num_asks * width * outputs, sizeof(float)),
+                   room(num_asks * width * rules->ranks, sizeof(float)), 0, 0};
+    round.best = room(num_asks * width * rules->ranks, sizeof(int64_t));
+    for (int64_t r = 0; r < rows; r++) places[6 * rows + r] = r; /* all that is asked about has logits */
+    for (int64_t n = 0; n < rules->rounds; n++) {
+        round.step = (Step){round.segments, 0, round.table, round.positions, round.slots, round.parents, 0};
+        round.num_opened = 0;
+        if (n) sprout(&grove, &round, size);
+        else plant(&grove, &round, states, size);
+        if (!round.num_opened) break;
+        float *found = grove.states + grove.num_states * size;
+        const Asked asked = {round.rows, round.num_opened, places + 6 * rows, round.num_opened, found, round.logits};
+        medusa_guess(threads, drafter, &round.step, b, round.tokens, round.inputs, &asked);
+        medusa_best(round.logits, round.num_opened, outputs, vocab, rules->ranks, 1.0f, round.best, round.shares);
+        for (int64_t k = 0; k < round.num_opened; k++) {
+            const int64_t i = round.owners[k], node = round.nodes[k];
+            *(node < 0 ? grove.root_states + i : &grove.nodes[i * grove.most + node].state) = grove.num_states++;
+            open_node(&grove, i, node, token_ids, round.best + k * rules->ranks, round.shares + k * rules->ranks);
+        }
+    }
+    harvest(&grove, tokens, parents, values, counts);
+    void *all[] = {grove.counts, grove.root_states, grove.nodes, grove.states, places, round.segments, round.parents,
+                   round.inputs, round.logits, round.shares, round.best};
+    for (uint64_t k = 0; k < sizeof all / sizeof *all; k++) free(all[k]);
 }
 
 /* out [count][outputs] = x [count][inputs] times the weights. */

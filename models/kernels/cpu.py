@@ -112,6 +112,30 @@ class AskedStruct(Structure):
     )
 
 
+class RulesStruct(Structure):
+    _fields_ = (
+        ("ranks", c_int64),
+        ("width", c_int64),
+        ("rounds", c_int64),
+        ("least_value", c_float),
+        ("next_right", c_float),
+        ("least_gain", c_float),
+    )
+
+
+class AskStruct(Structure):
+    _fields_ = (
+        ("context", c_void_p),
+        ("tokens", c_void_p),
+        ("slots", c_void_p),
+        ("num_context", c_int64),
+        ("num_chain", c_int64),
+        ("position", c_int64),
+        ("num_nodes", c_int64),
+        ("max_depth", c_int64),
+    )
+
+
 class BuffersStruct(Structure):
     _fields_ = (
         ("hidden", c_void_p),

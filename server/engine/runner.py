@@ -408,7 +408,7 @@ def _sequential(
     heads: SequentialHeads, backbone: Backbone, num_slots: int, num_positions: int, max_num_seqs: int
 ) -> SequentialDrafter:
     """The drafter with memory of its own, in C if the model is."""
-    total = num_slots + scratch_slots(max_num_seqs)
+    total = num_slots + scratch_slots(max_num_seqs, heads.num_heads)
     pool = KVPool([heads.shape.kv], total, dtype=backbone.kv_dtype, device=heads.device)
     is_packed = backbone.quantization == "int8" and can_fuse_drafter(heads)
     guesser = FusedSequential(heads, num_positions) if is_packed else TorchGuesser(heads)

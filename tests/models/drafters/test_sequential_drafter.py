@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.drafters.growth import NUM_RANKS
 from models.drafters.medusa import DraftRow
 from models.drafters.sequential import SequentialHeads, Shape
-from models.drafters.sequential_drafter import NUM_RANKS, Ask, SequentialDrafter, TorchGuesser, scratch_slots
+from models.drafters.sequential_drafter import Ask, SequentialDrafter, TorchGuesser, scratch_slots
 from models.fused import FusedSequential
 from models.kv_pool import KVPool
 from models.masks import Mask
 from models.sampling import gumbel_from_keys, noise_key
 from models.train.unroll import unroll
-from models.tree import Guess
+from models.tree import Guess, merge
 from server.engine.messages import SamplingParams
 
 HIDDEN, VOCAB, NUM_SLOTS, DEPTHS = 64, 50, 300, 4
@@ -41,7 +42,7 @@ def heads() -> SequentialHeads:
 
 
 def drafter(heads: SequentialHeads) -> SequentialDrafter:
-    pool = KVPool([heads.shape.kv], NUM_SLOTS + scratch_slots(8), dtype=torch.float32, device="cpu")
+    pool = KVPool([heads.shape.kv], NUM_SLOTS + scratch_slots(8, DEPTHS), dtype=torch.float32, device="cpu")
     return SequentialDrafter(heads, TorchGuesser(heads), pool, NUM_SLOTS)
 
 
@@ -179,7 +180,7 @@ def test_the_kernel_agrees_with_torch(heads: SequentialHeads) -> None:
     packed = SequentialDrafter(
         heads,
         FusedSequential(heads, 100),
-        KVPool([heads.shape.kv], NUM_SLOTS + scratch_slots(8), dtype=torch.float16, device="cpu"),
+        KVPool([heads.shape.kv], NUM_SLOTS + scratch_slots(8, DEPTHS), dtype=torch.float16, device="cpu"),
         NUM_SLOTS,
     )
     for each in plays:
@@ -190,6 +191,33 @@ def test_the_kernel_agrees_with_torch(heads: SequentialHeads) -> None:
         for mine, theirs in zip(made.ranked(asks), packed.ranked(asks), strict=True):
             assert mine[0][0] == theirs[0][0]
             assert mine[1] == pytest.approx(theirs[1], abs=0.08)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 4, 13, 63])
+def test_trees_grown_in_c_are_those_grown_in_python(heads: SequentialHeads, num_nodes: int) -> None:
+    found = []
+    for is_grown_in_c in (True, False):
+        pool = KVPool([heads.shape.kv], NUM_SLOTS + scratch_slots(8, DEPTHS), dtype=torch.float16, device="cpu")
+        made = SequentialDrafter(heads, FusedSequential(heads, 100), pool, NUM_SLOTS)
+        if not is_grown_in_c:
+            made._grower = None
+        torch.manual_seed(2)
+        _, plays = play(heads, [31, 2, 12])
+        drafts = []
+        for accepted in (0, 2, 1):
+            for each in plays:
+                each.drafter = made
+                each.text += [5] * accepted
+                each.compute(len(each.text) - 1 - len(each.slots))
+            asks = [each.ask(num_nodes) for each in plays]
+            asks[1] = plays[1].ask(num_nodes, SamplingParams(9, temperature=0.5, seed=3))  # grown in Python always
+            drafts.append([merge([tree], num_nodes) for tree in made.trees(asks)])
+        found.append(drafts)
+    assert max(len(tree) for drafts in found[0] for tree in drafts) == num_nodes
+    for mine, theirs in zip(*found, strict=True):
+        for tree, same in zip(mine, theirs, strict=True):
+            assert [(g.token, g.parent) for g in tree] == [(g.token, g.parent) for g in same]
+            assert [g.value for g in tree] == pytest.approx([g.value for g in same], rel=1e-5)
 
 
 def test_forgotten_requests_are_unknown(heads: SequentialHeads) -> None:
