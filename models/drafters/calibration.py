@@ -1,8 +1,8 @@
 """How likely a guess is right: what drafters say of themselves, corrected by what became of it.
 
-A table over (kind of decoding, depth, rank, bucket of the drafter's own probability) counts how often guesses were right
-whose parents were right. It is seeded with the accuracies measured after training, mixed with the bucket's probability,
-and fades, so that it follows the text that is written now.
+A table over (kind of decoding, depth, rank, bucket of the drafter's own probability) counts how often guesses were
+right whose parents were right. It is seeded with the accuracies measured after training, mixed with the bucket's
+probability, and fades, so that it follows the text that is written now.
 
 What came is compared with all that was offered, whether anybody verified it or not: so a guess that was thought too
 unlikely to verify is noticed when it is right, and what is learned does not depend on what was verified.
@@ -113,7 +113,8 @@ class Calibration:
         A guess's rank is its place among its siblings by value, its own probability the quotient by its parent's value.
         """
         ranks: dict[int, int] = {}  # parent -> siblings so far
-        depths, places, given = [], [0] * len(guesses), []
+        depths: list[int] = []
+        places, given = [0] * len(guesses), []
         for i in sorted(range(len(guesses)), key=lambda i: -guesses[i].value):
             places[i] = ranks[guesses[i].parent] = ranks.get(guesses[i].parent, -1) + 1
         for guess in guesses:

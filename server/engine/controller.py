@@ -42,6 +42,7 @@ PROBE_COST: Final = 0.005  # of the time: what asking the heads once more may co
 PROBE_EVERY: Final = (8, 400)  # steps, at least and at most
 FORGETTING: Final = 0.05  # of a running estimate, with each step
 MAX_QUALITY: Final = 4.0
+PRICED_NODES: Final = 4  # of each request's tree: how far the price of a row looks
 NUM_BUCKETS: Final = 12
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
@@ -77,7 +78,11 @@ class Drafting:
     bounds: list[Bound]
     rooms: list[float]  # the probability that a guess of the heads would matter; 0 for whom they cannot guess
     features: Floats  # [requests, features] of one more row of each
-    asks: list[bool] = field(default_factory=list)  # whom the heads guess for
+    asks: list[float | None] = field(default_factory=list)  # what a guess of the heads must be worth; None: not asked
+
+    @property
+    def num_asking(self) -> int:
+        return sum([least is not None for least in self.asks])
 
 
 def bucket(num_decoding: int) -> int:
@@ -130,14 +135,24 @@ class Controller:
         """Is this step to decode plainly, so that it is known what that costs?"""
         return self._random.random() < self._control_share
 
-    def ask(self, load: Load, drafting: Drafting) -> list[bool]:
-        """Whom the heads are to guess for."""
+    def ask(self, load: Load, drafting: Drafting) -> list[float | None]:
+        """Whom the heads are to guess for, and what a guess must be worth to pay."""
         able = [i for i, room in enumerate(drafting.rooms) if room > 0]
         if not able:
-            return [False] * len(drafting.rooms)
+            return [None] * len(drafting.rooms)
         chosen = set(able if self._is_probing(load, len(able)) else self._worth_asking(load, drafting))
         self._unasked_steps = 0 if len(chosen) == len(able) else self._unasked_steps + 1
-        return [i in chosen for i in range(len(drafting.rooms))]
+        price = self._price(load, len(chosen))
+        return [price if i in chosen else None for i in range(len(drafting.rooms))]
+
+    def _price(self, load: Load, num_asking: int) -> float:
+        """Tokens that plain decoding makes in the time of one row of a tree: what a node must be worth at the least."""
+        plain = self.cost.step_seconds(load)
+        if not self.cost.run.is_known or not num_asking or not plain:
+            return 0.0
+        rows = float(PRICED_NODES * num_asking)
+        more = float(self.cost.run.at(load.num_rows + rows) - self.cost.run.at(load.num_rows))
+        return self._worth(load) * more / rows / plain
 
     def _is_probing(self, load: Load, num_able: int) -> bool:
         step, draft = self.cost.step_seconds(load), self.cost.draft_seconds(num_able)
@@ -160,7 +175,7 @@ class Controller:
 
     def choose(self, load: Load, drafting: Drafting, drafts: Sequence[Draft], row_budget: int) -> list[int]:
         """How many nodes of each draft are verified: together at most `row_budget`."""
-        num_asking = sum(drafting.asks)
+        num_asking = drafting.num_asking
         values: Floats = np.array([value for draft in drafts for value in draft.values])
         owners: Integers = np.repeat(np.arange(len(drafts)), [len(draft.values) for draft in drafts])
         order = np.argsort(-values, kind="stable")[: max(row_budget, 0)]
@@ -204,7 +219,7 @@ class Controller:
     def _learn(self, load: Load, drafting: Drafting, drafts: Sequence[Draft], counts: Sequence[int]) -> None:
         """What the heads brought to those who asked, where there was room for it."""
         self._nodes_per_request += FORGETTING * (sum(counts) / max(len(counts), 1) - self._nodes_per_request)
-        asking = [i for i, asks in enumerate(drafting.asks) if asks]
+        asking = [i for i, asks in enumerate(drafting.asks) if asks is not None]
         if not asking:
             return
         values, nodes = zip(*(_brought(drafts[i], counts[i]) for i in asking), strict=True)
@@ -236,8 +251,8 @@ class Controller:
 class StaticController(Controller):
     """Everybody gets all they may, cut evenly where rows or slots are short: for comparison."""
 
-    def ask(self, load: Load, drafting: Drafting) -> list[bool]:
-        return [room > 0 for room in drafting.rooms]
+    def ask(self, load: Load, drafting: Drafting) -> list[float | None]:
+        return [0.0 if room > 0 else None for room in drafting.rooms]
 
     def choose(self, load: Load, drafting: Drafting, drafts: Sequence[Draft], row_budget: int) -> list[int]:
         """Who wants little is served first."""
@@ -248,7 +263,7 @@ class StaticController(Controller):
             left -= counts[i]
         taken = [value for draft, count in zip(drafts, counts, strict=True) for value in draft.values[:count]]
         self._nodes_per_request += FORGETTING * (len(taken) / max(len(counts), 1) - self._nodes_per_request)
-        self._note(load, sum(drafting.asks), sum(wanted), np.array(sorted(taken, reverse=True)))
+        self._note(load, drafting.num_asking, sum(wanted), np.array(sorted(taken, reverse=True)))
         return counts
 
 

@@ -59,7 +59,7 @@ def grow(
     for work, draft, count in zip(able, drafts, counts, strict=True):
         if count:
             scheduler.place(work, draft.first(count))
-    return Trees(load, sum(counts), np.array(counts) @ drafting.features, sum(drafting.asks), seconds)
+    return Trees(load, sum(counts), np.array(counts) @ drafting.features, drafting.num_asking, seconds)
 
 
 def _able(works: Sequence[Work], runner: ModelRunner) -> list[Work]:

@@ -47,6 +47,7 @@ BUDGET: Final = 3.0  # seconds
 REPEATS: Final = 5
 LONG: Final = 0.1  # seconds, after which a measurement is not repeated but once
 MANY_KEYS: Final = 1024
+LEAST_VALUE: Final = 0.1  # of a guess, when drafting is measured
 GREEDY: Final = SamplingParams(2**20, temperature=0)
 SAMPLED: Final = SamplingParams(2**20, temperature=0.8)
 
@@ -98,7 +99,7 @@ class _WarmUp:
 
     def _draft_seconds(self, num_asking: int) -> float:
         requests = [work.request for work in self._run([self._work(1, place) for place in range(num_asking)])]
-        bounds, asks = [Bound(8, 0)] * num_asking, [True] * num_asking
+        bounds, asks = [Bound(8, 0)] * num_asking, [LEAST_VALUE] * num_asking
         try:
             return _least(lambda: self._engine.runner.draft(requests, bounds, asks))
         finally:
