@@ -128,7 +128,7 @@ class Controller:
         return Bound(guesses, max(min(MAX_FORCED, most - guesses), 0))
 
     def reserve(self, num_decoding: int, most: int) -> int:
-        """Rows that prompts leave to the trees of those who decode: what these lately took, and not more than `most`."""
+        """Rows that prompts leave to the trees of those who decode: what these lately took, at most `most`."""
         return min(ceil(self._nodes_per_request * num_decoding), most)
 
     def is_control_step(self) -> bool:

@@ -115,6 +115,6 @@ def _load(works: Sequence[Work]) -> Load:
         num_rows=sum(prompts) + len(decoding),
         num_prompt_rows=sum(prompts),
         num_decoding=len(decoding),
-        features=of_roots + (keys, len(works) - len(decoding), 0, 0),
+        features=of_roots + np.array([keys, len(works) - len(decoding), 0, 0], dtype=float),
         decoding_features=of_roots,
     )

@@ -14,7 +14,7 @@ from typing import Final
 
 from server.engine.controller import MAX_NODES, Bound
 from server.engine.core import Engine
-from server.engine.messages import SamplingParams, Submit
+from server.engine.messages import DraftSource, SamplingParams, Submit
 from server.engine.request import Request, Work
 
 ROWS: Final = (
@@ -74,7 +74,7 @@ class _WarmUp:
         cost, deadline = self._engine.cost, perf_counter() + BUDGET
         most = min(self._engine.max_rows, len(self._slots))
         self._seconds_of(self._tree(min(8, most)))  # what is compiled or cached at first use
-        points = []
+        points: list[tuple[int, float]] = []
         for num_rows in ROWS:
             if num_rows <= most and (not points or perf_counter() < deadline):
                 points.append((num_rows, self._seconds_of(self._tree(num_rows))))
@@ -137,7 +137,8 @@ class _WarmUp:
         work = Work(request, num_keys, slots[:1])
         nodes = num_rows - 1
         work.node_tokens, work.node_parents, work.node_slots = tuple(range(nodes)), (-1,) * nodes, slots[1:]
-        work.node_sources = ("heads",) * nodes
+        sources: tuple[DraftSource, ...] = ("heads",) * nodes
+        work.node_sources = sources
         return work
 
 
