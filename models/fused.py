@@ -189,7 +189,7 @@ class FusedSequential(FusedLayers):
         self._token_ids = heads.token_ids
         ranks = min(growth.NUM_RANKS, len(heads.token_ids))
         self._rules = cpu.RulesStruct(
-            ranks, growth.WIDTH, heads.num_heads, growth.LEAST_VALUE, growth.NEXT_RIGHT, growth.LEAST_GAIN
+            ranks, growth.WIDTH, heads.num_heads, growth.LEAST_VALUE, growth.NEXT_RIGHT, growth.LEAST_GAIN, growth.HEARD
         )
         trunk = self._trunk(self.embedding, heads.norm.weight, (heads.lm_head, None), heads.rotary, num_positions)
         self._struct = cpu.DrafterStruct(

@@ -22,6 +22,7 @@ NUM_RANKS: Final = 8  # guesses below one node
 WIDTH: Final = 4  # nodes opened in one round
 LEAST_GAIN: Final = 0.06  # what a round is expected to add to the tokens of a step; less does not pay for it
 LEAST_VALUE: Final = 0.05  # of a node that is worth opening
+HEARD: Final = 0.25  # of the value that pays: guesses below are dropped before anybody compares them with the text
 NEXT_RIGHT: Final = 0.5  # how often the best guess below a right node is right, roughly
 
 
@@ -74,6 +75,13 @@ class Growth:
             Guess(token, node, value * share, "heads") for token, share in zip(tokens, shares, strict=True)
         ]
         self._depths += [depth] * len(tokens)
+
+    def best(self) -> list[Guess]:
+        """The tree: its best nodes."""
+        best = heapq.nlargest(self._num_nodes, range(len(self.guesses)), key=lambda i: self.guesses[i].value)
+        kept = [i for i in sorted(best) if self.guesses[i].value >= HEARD * self._least_value]
+        places = {ROOT: ROOT} | {node: place for place, node in enumerate(kept)}
+        return [self.guesses[i]._replace(parent=places[self.guesses[i].parent]) for i in kept]
 
     def depth(self, node: int) -> int:
         return 0 if node == ROOT else self._depths[node]

@@ -31,7 +31,6 @@ from models.sampling import gumbel_from_keys, noise_key
 from models.tree import Guess
 
 CONTEXT: Final = 512  # positions that the drafter looks back
-HEARD: Final = 0.25  # of the value that pays: guesses below are not even compared with what comes
 
 
 class Guesser(Protocol):
@@ -121,7 +120,7 @@ class SequentialDrafter:
         self._next_slot = self._num_slots + 1
         found = []
         for ask, growth in zip(asks, self._grow(asks, max_rounds=1), strict=True):
-            best, _ = self.calibration.calibrated(growth.guesses, ask.kind)
+            best, _ = self.calibration.calibrated(growth.best(), ask.kind)
             found.append(Ranked([[guess.token for guess in best]], [[guess.value for guess in best]]))
         return found
 
@@ -130,22 +129,21 @@ class SequentialDrafter:
         self._offers.learn([(ask.request, ask.text) for ask in asks])
         trees = []
         for ask, grown in zip(asks, self._grown(asks), strict=True):
-            heard = [guess for guess in grown if guess.value >= ask.least_value * HEARD]
-            tree, offer = self.calibration.calibrated(heard, ask.kind)
+            tree, offer = self.calibration.calibrated(grown, ask.kind)
             self._offers.put(ask.request, len(ask.text), offer)
-            trees.append(tree[: ask.num_nodes])
+            trees.append(tree)
         return trees
 
     def _grown(self, asks: Sequence[Ask]) -> list[list[Guess]]:
-        """Guesses for each, at least the best of them, with the layer's own values."""
+        """The best guesses for each, with the layer's own values."""
         self._next_slot = self._num_slots + 1
         plain, others = ([i for i, ask in enumerate(asks) if _is_plain(ask) is kind] for kind in (True, False))
         if self._grower is None or not plain:
-            return [growth.guesses for growth in self._grow(asks, self.num_heads)]
+            return [growth.best() for growth in self._grow(asks, self.num_heads)]
         chains = [self._catch_up(asks[i]) for i in plain]
         found = dict(zip(plain, self._grower.draft(chains, self._pool, self._next_slot), strict=True))
         grown = self._grow([asks[i] for i in others], self.num_heads)
-        found |= {i: growth.guesses for i, growth in zip(others, grown, strict=True)}
+        found |= {i: growth.best() for i, growth in zip(others, grown, strict=True)}
         return [found[i] for i in range(len(asks))]
 
     def _grow(self, asks: Sequence[Ask], max_rounds: int) -> list[Growth]:

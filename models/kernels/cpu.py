@@ -120,6 +120,7 @@ class RulesStruct(Structure):
         ("least_value", c_float),
         ("next_right", c_float),
         ("least_gain", c_float),
+        ("heard", c_float),
     )
 
 

@@ -9,7 +9,7 @@
 /* How trees grow; the values are Python's. */
 typedef struct {
     int64_t ranks, width, rounds; /* guesses below a node; nodes opened in a round; rounds at most, the root's included */
-    float least_value, next_right, least_gain;
+    float least_value, next_right, least_gain, heard;
 } Rules;
 
 /* One request: the tokens that the layer has not seen, the root last, and what is asked for. */
@@ -173,7 +173,8 @@ static void harvest(const Grove *grove, int64_t *tokens, int64_t *parents, float
         const Node *nodes = grove->nodes + i * grove->most;
         const int64_t found = best_nodes(nodes, grove->counts[i], grove->asks[i].num_nodes, best);
         memset(places, 0, sizeof places);
-        for (int64_t k = 0; k < found; k++) places[best[k]] = 1;
+        const float least = grove->rules->heard * grove->asks[i].least_value;
+        for (int64_t k = 0; k < found; k++) places[best[k]] = nodes[best[k]].value >= least;
         for (int64_t n = 0; n < grove->counts[i]; n++) {
             if (!places[n]) continue;
             places[n] = count;

@@ -137,8 +137,8 @@ class _WarmUp:
         work = Work(request, num_keys, slots[:1])
         nodes = num_rows - 1
         work.node_tokens, work.node_parents, work.node_slots = tuple(range(nodes)), (-1,) * nodes, slots[1:]
-        sources: tuple[DraftSource, ...] = ("heads",) * nodes
-        work.node_sources = sources
+        source: DraftSource = "heads"
+        work.node_sources = (source,) * nodes
         return work
 
 
