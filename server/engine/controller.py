@@ -151,7 +151,7 @@ class Controller:
         if not self.cost.run.is_known or not num_asking or not plain:
             return 0.0
         rows = float(PRICED_NODES * num_asking)
-        more = float(self.cost.run.at(load.num_rows + rows) - self.cost.run.at(load.num_rows))
+        more = self.cost.run.seconds(load.num_rows + rows) - self.cost.run.seconds(load.num_rows)
         return self._worth(load) * more / rows / plain
 
     def _is_probing(self, load: Load, num_able: int) -> bool:
@@ -203,7 +203,7 @@ class Controller:
         """[1 + n]: of the step without trees, then with so many rows and their features more."""
         rows = load.num_rows + np.concatenate([[0.0], more_rows])
         features = load.features + np.concatenate([np.zeros((1, len(load.features))), more_features])
-        found: Floats = self.cost.run_seconds(rows, features) + self.cost.rest.at(load.num_decoding)
+        found: Floats = self.cost.run_seconds(rows, features) + self.cost.rest.seconds(load.num_decoding)
         return found
 
     def _worth(self, load: Load) -> float:

@@ -167,7 +167,7 @@ class Engine:
         load, cost = trees.load, self.cost
         features = load.features + trees.node_features
         num_rows = load.num_rows + trees.num_nodes
-        nodes = float(cost.run_seconds(num_rows, features) - cost.run_seconds(load.num_rows, load.features))
+        nodes = cost.run_seconds_of(num_rows, features) - cost.run_seconds_of(load.num_rows, load.features)
         plain = self._meter.plain(load, taken, nodes + trees.draft_seconds, is_control=trees.is_control)
         if load.is_pure and load.num_decoding:
             cost.learn_run(num_rows, features, self._run_seconds)

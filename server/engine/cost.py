@@ -13,9 +13,10 @@ Invariants:
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log
+from math import exp, log
 from typing import Any, Final
 
 import numpy as np
@@ -29,62 +30,90 @@ REQUESTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FEATURES: Final = ("keys", "requests", "sampled rows", "constrained rows")  # of all rows together
 FIRST_EXTRAS: Final = (1e-8, 2e-5, 5e-5, 5e-5)  # seconds each, until measured
 MOST: Final = 0.3  # of the logarithm of measured over expected; what is beyond is an outlier
-RATE: Final = 0.1  # of a knot, with each step at it
+RATE: Final = 0.01  # of a knot, with each step at it: nodes are chosen by differences of a few percent
 LEVEL_RATE: Final = 0.02  # of the whole curve: a machine that is slower today is slower everywhere
+EXTRA_RATE: Final = 0.02
+MEASURED: Final = 20.0  # steps that a measurement at the start counts for
 
 
 class Curve:
     """Seconds over a number, linear between knots and beyond the last. Unknown until the first measurement."""
 
     def __init__(self, knots: Sequence[int]) -> None:
-        self.knots: Floats = np.array(knots, dtype=np.float64)
-        self._seconds: Floats = np.zeros(len(knots))
-        self._count: Floats = np.zeros(len(knots))  # measurements, by knot
+        self._knots = [float(knot) for knot in knots]
+        self._seconds = [0.0] * len(knots)  # as measured; `_line` is what is believed
+        self._counts = [0.0] * len(knots)  # measurements, by knot
+        self._line: list[float] | None = None
+        self.is_known = False
 
-    @property
-    def is_known(self) -> bool:
-        return bool(self._seconds.any())
-
-    def at(self, x: Floats | float) -> Floats:
+    def at(self, x: Floats) -> Floats:
         """Seconds at each `x`; 0 while nothing was measured."""
-        seconds = np.maximum.accumulate(self._seconds)
-        slope = max(seconds[-1] - seconds[-2], 0.0) / (self.knots[-1] - self.knots[-2])
-        found: Floats = np.interp(x, self.knots, seconds) + np.maximum(np.asarray(x) - self.knots[-1], 0.0) * slope
+        line, knots = self._believed(), self._knots
+        slope = (line[-1] - line[-2]) / (knots[-1] - knots[-2])
+        found: Floats = np.interp(x, knots, line) + np.maximum(x - knots[-1], 0.0) * slope
         return found
+
+    def seconds(self, x: float) -> float:
+        """The same for one number."""
+        line, knots = self._believed(), self._knots
+        right = min(max(bisect_left(knots, x), 1), len(knots) - 1)
+        share = (x - knots[right - 1]) / (knots[right] - knots[right - 1])
+        return line[right - 1] + max(share, 0.0) * (line[right] - line[right - 1])
 
     def measure(self, points: Sequence[tuple[int, float]]) -> None:
         """Take measurements for true; knots between them lie on straight lines."""
         xs, ys = zip(*sorted(points), strict=True)
-        self._seconds = np.interp(self.knots, xs, ys)
+        seconds = np.interp(self._knots, xs, ys)
         if len(xs) > 1:  # beyond them the last measured slope, from the first point on: single slopes are noise
             slope = max(ys[-1] - ys[0], 0.0) / (xs[-1] - xs[0])
-            self._seconds += np.maximum(self.knots - xs[-1], 0.0) * slope
-        self._count[np.isin(self.knots, xs)] = 1 / RATE
+            seconds += np.maximum(np.array(self._knots) - xs[-1], 0.0) * slope
+        self._seconds = seconds.tolist()
+        self._counts = [MEASURED if knot in xs else 0.0 for knot in self._knots]
+        self._line, self.is_known = None, any(self._seconds)
 
     def learn(self, x: float, surprise: float) -> None:
         """Move towards what was measured at `x`; `surprise` is the clipped logarithm of measured over expected."""
-        right = min(int(np.searchsorted(self.knots, x)), len(self.knots) - 1)
+        right = min(bisect_left(self._knots, x), len(self._knots) - 1)
         left = max(right - 1, 0)
-        width = self.knots[right] - self.knots[left]
-        share = min(max((x - self.knots[left]) / width, 0.0), 1.0) if width else 1.0
-        self._seconds *= np.exp(LEVEL_RATE * surprise)
+        width = self._knots[right] - self._knots[left]
+        share = min(max((x - self._knots[left]) / width, 0.0), 1.0) if width else 1.0
+        level = exp(LEVEL_RATE * surprise)
+        self._seconds = [seconds * level for seconds in self._seconds]
         for knot, weight in ((left, 1 - share), (right, share)):
-            rate = max(RATE, 1 / (1 + self._count[knot]))
-            self._seconds[knot] *= np.exp(rate * weight * surprise)
-            self._count[knot] += weight
+            rate = max(RATE, 1 / (1 + self._counts[knot]))
+            self._seconds[knot] *= exp(rate * weight * surprise)
+            self._counts[knot] += weight
+        self._line = None
 
     def take(self, x: float, seconds: float) -> None:
         """One measurement of the whole."""
         if seconds <= 0:
             return
         if not self.is_known:
-            self._seconds[:] = seconds
-        self.learn(x, _clipped(seconds, float(self.at(x))))
+            self.measure([(int(x), seconds)])
+        self.learn(x, _clipped(seconds, self.seconds(x)))
 
     def points(self) -> tuple[CurvePoint, ...]:
         """For people."""
-        seconds = self.at(self.knots)
-        return tuple(CurvePoint(int(x), float(y)) for x, y in zip(self.knots, seconds, strict=True) if y > 0)
+        points = zip(self._knots, self._believed(), strict=True)
+        return tuple(CurvePoint(int(x), y) for x, y in points if y > 0)
+
+    def _believed(self) -> list[float]:
+        if self._line is None:
+            self._line = isotonic(self._seconds)
+        return self._line
+
+
+def isotonic(values: Sequence[float]) -> list[float]:
+    """The nearest numbers, by squares, that do not fall (pool adjacent violators, Ayer et al. 1955)."""
+    pools: list[tuple[float, int]] = []  # sum and number of neighbours that share their mean
+    for value in values:
+        total, count = value, 1
+        while pools and pools[-1][0] * count > total * pools[-1][1]:
+            more, number = pools.pop()
+            total, count = total + more, count + number
+        pools.append((total, count))
+    return [total / count for total, count in pools for _ in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +147,19 @@ class CostModel:
 
     def run_seconds(self, num_rows: Floats | float, features: Floats) -> Floats:
         """Forward pass, sampling and verification. features: [..., features]."""
-        found: Floats = self.run.at(num_rows) + (features @ self.extras if self.run.is_known else 0.0)
+        found: Floats = self.run.at(np.asarray(num_rows)) + (features @ self.extras if self.run.is_known else 0.0)
         return found
+
+    def run_seconds_of(self, num_rows: float, features: Floats) -> float:
+        """The same for one step. features: [features]."""
+        return self.run.seconds(num_rows) + (float(features @ self.extras) if self.run.is_known else 0.0)
 
     def step_seconds(self, load: Load) -> float:
         """The whole step, if nobody drafts."""
-        return float(self.run_seconds(load.num_rows, load.features)) + float(self.rest.at(load.num_decoding))
+        return self.run_seconds_of(load.num_rows, load.features) + self.rest.seconds(load.num_decoding)
 
     def draft_seconds(self, num_asking: int) -> float:
-        return float(self.draft.at(num_asking)) if num_asking else 0.0
+        return self.draft.seconds(num_asking) if num_asking else 0.0
 
     def learn_run(self, num_rows: int, features: Floats, seconds: float) -> None:
         """A step without prompt rows took so long; each part of the estimate moves by its share in it."""
@@ -136,10 +169,10 @@ class CostModel:
             self.run.take(num_rows, seconds)
             return
         parts = features * self.extras
-        expected = float(self.run.at(num_rows)) + float(parts.sum())
+        expected = self.run.seconds(num_rows) + float(parts.sum())
         surprise = _clipped(seconds, expected)
         self.run.learn(num_rows, surprise)
-        self.extras *= np.exp(RATE * surprise * parts / expected)
+        self.extras *= np.exp(EXTRA_RATE * surprise * parts / expected)
 
     def extra_seconds(self) -> tuple[tuple[str, float], ...]:
         """For people."""
