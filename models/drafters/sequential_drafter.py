@@ -30,6 +30,7 @@ from models.kv_pool import KVPool
 from models.sampling import gumbel_from_keys, noise_key
 from models.tree import Guess
 
+TRUST: Final = 0.9  # in its own probabilities: it has seen all that came before, unlike parallel heads
 CONTEXT: Final = 512  # positions that the drafter looks back
 
 
@@ -87,7 +88,8 @@ class SequentialDrafter:
     def __init__(self, heads: SequentialHeads, guesser: Guesser, pool: KVPool, num_slots: int) -> None:
         """`pool` has one layer, and slots beyond `num_slots` for guesses."""
         self.num_heads, self.sees_all = heads.num_heads, True
-        self.calibration = Calibration((heads.accuracies or DEFAULT_ACCURACIES)[: heads.num_heads], heads.num_heads)
+        accuracies = (heads.accuracies or DEFAULT_ACCURACIES)[: heads.num_heads]
+        self.calibration = Calibration(accuracies, heads.num_heads, trust=TRUST)
         self._offers = Offers(self.calibration)
         self._token_ids = heads.token_ids
         self._guesser = guesser
