@@ -143,8 +143,7 @@ class Calibration:
             depths.append(depth)
             cells.append(cell)
             values.append(value * self.probability(cell))
-        offer = TreeOffer(tuple(guesses), cells)
-        return by_value([guess._replace(value=value) for guess, value in zip(guesses, values, strict=True)]), offer
+        return _ordered(guesses, values), TreeOffer(tuple(guesses), cells)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,9 +218,16 @@ class Offers:
 
 def by_value(guesses: Sequence[Guess]) -> list[Guess]:
     """The same tree, best guesses first; of equals the one that came first, so parents come before their children."""
-    order = sorted(range(len(guesses)), key=lambda i: -guesses[i].value)
-    nodes = {-1: -1} | {node: place for place, node in enumerate(order)}
-    return [guesses[i]._replace(parent=nodes[guesses[i].parent]) for i in order]
+    return _ordered(guesses, [guess.value for guess in guesses])
+
+
+def _ordered(guesses: Sequence[Guess], values: Sequence[float]) -> list[Guess]:
+    """The same tree with these values, best first; a parent's is at least its child's."""
+    order = sorted(range(len(guesses)), key=lambda i: -values[i])
+    places = [-1] * (len(guesses) + 1)  # the last one is the root's
+    for place, i in enumerate(order):
+        places[i] = place
+    return [Guess(guesses[i].token, places[guesses[i].parent], values[i], guesses[i].source) for i in order]
 
 
 def _extended(accuracies: Sequence[float]) -> list[float]:

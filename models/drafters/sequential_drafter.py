@@ -164,8 +164,8 @@ class SequentialDrafter:
         """The rows that a request's text has more than its K and V, to be computed now."""
         memory, root = self._memories[ask.request], len(ask.text) - 1
         first = root - memory.count + 1  # the state before it is the oldest one kept
-        own = np.array(ask.slots[first:root], dtype=np.int64)
-        before = np.array(ask.slots[max(first - CONTEXT, 0) : first], dtype=np.int64)
+        slots = np.frombuffer(ask.slots, dtype=np.int64) if root else np.empty(0, dtype=np.int64)
+        own, before = slots[first:root], slots[max(first - CONTEXT, 0) : first]
         context = before[self._is_valid[before]]
         self._is_valid[own] = True
         states = memory.parts[0] if len(memory.parts) == 1 else torch.cat(memory.parts)
@@ -173,7 +173,7 @@ class SequentialDrafter:
         return Chain(
             torch.from_numpy(context).to(self._device),
             torch.tensor(ask.text[first : root + 1], device=self._device),
-            torch.from_numpy(np.append(own, self._take_slot())).to(self._device),
+            torch.tensor([*own.tolist(), self._take_slot()], device=self._device),
             states,
             first,
             ask.num_nodes,

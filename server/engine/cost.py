@@ -28,6 +28,7 @@ Features = Sequence[float]  # in the order of FEATURES
 
 ROWS: Final = (*range(1, 13), 16, 17, 20, 24, 32, 33, 40, 48, 64, 65, 96, 128, 192, 256, 384, 512)
 REQUESTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+USUAL_KEYS: Final = 256  # that a row looks at; `keys` are those beyond, and may be below 0
 FEATURES: Final = ("keys", "requests", "sampled rows", "constrained rows")  # of all rows together
 FIRST_EXTRAS: Final = (1e-8, 2e-5, 5e-5, 5e-5)  # seconds each, until measured
 MOST: Final = 0.3  # of the logarithm of measured over expected; what is beyond is an outlier

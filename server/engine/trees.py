@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from server.engine.controller import Bound, Controller, Drafting
-from server.engine.cost import FEATURES, Features, Load
+from server.engine.cost import FEATURES, USUAL_KEYS, Features, Load
 from server.engine.guard import guarded
 from server.engine.model import ModelRunner
 from server.engine.request import Draft, Request, Work
@@ -103,7 +103,7 @@ def _drafts(works: Sequence[Work], drafting: Drafting, runner: ModelRunner) -> l
 def _row(request: Request, num_keys: int) -> Features:
     """Features of one more row of a request, which looks at so many keys."""
     sampling = request.submit.sampling
-    return num_keys, 0, sampling.temperature > 0, sampling.grammar is not None
+    return num_keys - USUAL_KEYS, 0, sampling.temperature > 0, sampling.grammar is not None
 
 
 def _summed(rows: Sequence[tuple[int, Features]]) -> Features:
@@ -115,7 +115,7 @@ def _load(works: Sequence[Work]) -> Load:
     """The rows of a step without its trees."""
     decoding = [(1, _row(work.request, work.start + work.num_chain)) for work in works if work.reaches_end]
     prompts = [work.num_chain - work.reaches_end for work in works]
-    keys = sum([count * (work.start + count // 2) for work, count in zip(works, prompts, strict=True)])
+    keys = sum([count * (work.start + count // 2 - USUAL_KEYS) for work, count in zip(works, prompts, strict=True)])
     of_roots = (1, (0, len(decoding), 0, 0))
     of_prompts = (1, (keys, len(works) - len(decoding), 0, 0))
     return Load(
