@@ -130,13 +130,13 @@ class SequentialDrafter:
         """The best guesses for each, with calibrated values, best first."""
         self._offers.learn([(ask.request, ask.text) for ask in asks])
         trees = []
-        for ask, grown in zip(asks, self._grown(asks), strict=True):
+        for ask, grown in zip(asks, self.grown(asks), strict=True):
             tree, offer = self.calibration.calibrated(grown, ask.kind)
             self._offers.put(ask.request, len(ask.text), offer)
             trees.append(tree)
         return trees
 
-    def _grown(self, asks: Sequence[Ask]) -> list[list[Guess]]:
+    def grown(self, asks: Sequence[Ask]) -> list[list[Guess]]:
         """The best guesses for each, with the layer's own values."""
         self._next_slot = self._num_slots + 1
         plain, others = ([i for i, ask in enumerate(asks) if _is_plain(ask) is kind] for kind in (True, False))

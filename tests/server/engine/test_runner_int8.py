@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import random_heads, run, submit, tiny_llama, tokens
+from tiny import PREDICTABLE, random_heads, run, submit, tiny_llama, tokens
 from transformers import LlamaForCausalLM
 
 from models.backbone import Backbone
@@ -47,7 +47,7 @@ def int8_engine(model: LlamaForCausalLM, **config: object) -> Engine:
     torch.manual_seed(1)
     backbone = Backbone(copy.deepcopy(model))
     backbone.quantize()
-    options = EngineConfig("tiny", **{"kv_cache_tokens": 4096, "num_nodes": 8, **config})  # type: ignore[arg-type]
+    options = EngineConfig("tiny", **{**PREDICTABLE, "num_nodes": 8, **config})  # type: ignore[arg-type]
     return Engine(options, Runner(backbone, PackedHeads(random_heads(backbone)), options))
 
 

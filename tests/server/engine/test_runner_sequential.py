@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import random_sequential, run, submit, tokens
+from tiny import PREDICTABLE, random_sequential, run, submit, tokens
 from transformers import LlamaForCausalLM
 
 from models.backbone import Backbone
@@ -39,7 +39,7 @@ def engine(model: LlamaForCausalLM, **config: object) -> Engine:
     torch.manual_seed(1)
     backbone = Backbone(copy.deepcopy(model))
     backbone.quantize()
-    options = EngineConfig("tiny", **{"kv_cache_tokens": 4096, "num_nodes": 8, "ngram": False, **config})  # type: ignore[arg-type]
+    options = EngineConfig("tiny", **{**PREDICTABLE, "num_nodes": 8, "ngram": False, **config})  # type: ignore[arg-type]
     return Engine(options, Runner(backbone, random_sequential(backbone), options))
 
 
