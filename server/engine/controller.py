@@ -27,7 +27,7 @@ from math import ceil
 from random import Random
 from typing import Final, NamedTuple
 
-from server.engine.cost import CostModel, Features, Load
+from server.engine.cost import CostModel, Features, Load, total
 from server.engine.messages import Decision
 from server.engine.request import Draft, Request
 
@@ -162,13 +162,16 @@ class Controller:
         if not self.cost.run.is_known:
             return order
         gain = self._gains[bucket(load.num_decoding)]
-        tokens, fixed = self._worth(load), self._fixed(load)
-        best, best_rate, rows = 0, tokens / (fixed + self.cost.run.seconds(load.num_rows)), float(load.num_rows)
+        tokens, extra = self._worth(load), self.cost.extra(load.features)
+        rest = self.cost.rest.seconds(load.num_decoding)
+        rows, best = float(load.num_rows), 0
+        best_rate = tokens / (rest + total(self.cost.run.seconds(rows), extra))
         for count, i in enumerate(order, 1):
             nodes = min(gain.nodes * weights[i], MAX_NODES)
             tokens, rows = tokens + gain.value * weights[i], rows + nodes
-            fixed += nodes * self.cost.extra(drafting.features[i])
-            rate = tokens / (fixed + self.cost.run.seconds(rows) + self.cost.draft.seconds(count))
+            extra += nodes * self.cost.extra(drafting.features[i])
+            seconds = total(self.cost.run.seconds(rows), extra) + self.cost.draft.seconds(count) + rest
+            rate = tokens / seconds
             if rate > best_rate:
                 best, best_rate = count, rate
         return order[:best]
@@ -198,19 +201,16 @@ class Controller:
             return len(offers)
         seconds = self.cost.run.line(load.num_rows, len(offers))
         extras = [self.cost.extra(features) for features in drafting.features]
-        tokens, fixed = self._worth(load), self._fixed(load) + self.cost.draft_seconds(drafting.num_asking)
-        best, best_rate = 0, tokens / (fixed + seconds[0])
+        tokens, extra = self._worth(load), self.cost.extra(load.features)
+        rest = self.cost.rest.seconds(load.num_decoding) + self.cost.draft_seconds(drafting.num_asking)
+        best, best_rate = 0, tokens / (rest + total(seconds[0], extra))
         for count, (cost, i) in enumerate(offers, 1):
             tokens -= cost
-            fixed += extras[i]
-            rate = tokens / (fixed + seconds[count])
+            extra += extras[i]
+            rate = tokens / (rest + total(seconds[count], extra))
             if rate > best_rate:
                 best, best_rate = count, rate
         return best
-
-    def _fixed(self, load: Load) -> float:
-        """Seconds of a step that do not hang on the number of its rows."""
-        return self.cost.extra(load.features) + self.cost.rest.seconds(load.num_decoding)
 
     def _worth(self, load: Load) -> float:
         """Tokens that the step is worth without trees.

@@ -30,7 +30,8 @@ ROWS: Final = (*range(1, 13), 16, 17, 20, 24, 32, 33, 40, 48, 64, 65, 96, 128, 1
 REQUESTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 USUAL_KEYS: Final = 256  # that a row looks at; `keys` are those beyond, and may be below 0
 FEATURES: Final = ("keys", "requests", "sampled rows", "constrained rows")  # of all rows together
-FIRST_EXTRAS: Final = (1e-8, 2e-5, 5e-5, 5e-5)  # seconds each, until measured
+LEAST_SHARE: Final = 0.1
+FIRST_EXTRAS: Final = (1e-9, 2e-5, 5e-5, 5e-5)  # seconds each, until measured
 MOST: Final = 0.3  # of the logarithm of measured over expected; what is beyond is an outlier
 RATE: Final = 0.01  # of a knot, with each step at it: nodes are chosen by differences of a few percent
 LEVEL_RATE: Final = 0.02  # of the whole curve: a machine that is slower today is slower everywhere
@@ -153,7 +154,7 @@ class CostModel:
 
     def run_seconds(self, num_rows: float, features: Features) -> float:
         """Forward pass, sampling and verification."""
-        return self.run.seconds(num_rows) + self.extra(features)
+        return total(self.run.seconds(num_rows), self.extra(features))
 
     def step_seconds(self, load: Load) -> float:
         """The whole step, if nobody drafts."""
@@ -170,7 +171,7 @@ class CostModel:
             self.run.take(num_rows, seconds)
             return
         parts = list(map(mul, features, self._extras))
-        expected = self.run.seconds(num_rows) + sum(parts)
+        expected = total(self.run.seconds(num_rows), sum(parts))
         surprise = _clipped(seconds, expected)
         self.run.learn(num_rows, surprise)
         self._extras = [
@@ -186,6 +187,11 @@ class CostModel:
         """What one unit of a feature costs, measured by itself. Noise below zero says: next to nothing."""
         place = FEATURES.index(name)
         self._extras[place] = max(seconds, FIRST_EXTRAS[place] / 100)
+
+
+def total(seconds: float, extra: float) -> float:
+    """Both together; `extra` is below 0 for rows that look at few keys, and no estimate may follow it below 0."""
+    return max(seconds + extra, LEAST_SHARE * seconds)
 
 
 def _clipped(seconds: float, expected: float) -> float:

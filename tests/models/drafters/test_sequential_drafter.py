@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.drafters.calibration import KINDS
 from models.drafters.drafter import Ask
-from models.drafters.growth import HEARD, NUM_RANKS
+from models.drafters.growth import HEARD
 from models.drafters.medusa import DraftRow
 from models.drafters.sequential import SequentialHeads, Shape
 from models.drafters.sequential_drafter import SequentialDrafter, TorchGuesser, scratch_slots
@@ -183,7 +183,7 @@ def test_a_mask_holds_and_noise_is_the_verifiers(heads: SequentialHeads) -> None
     each.compute(6)
     params = SamplingParams(9, temperature=0.7, seed=5)
     mask = Mask(VOCAB, tuple(range(0, VOCAB, 4)), (), torch.device("cpu"))
-    guesses = made.grown([each.ask(NUM_RANKS, params, mask)])[0]
+    guesses = made.grown([each.ask(60, params, mask)])[0]
     allowed = torch.arange(0, VOCAB, 4)
     logits = log_shares(heads, each.text, each.states[:6], [])
     logits = torch.where(torch.isin(heads.token_ids, allowed), logits, -torch.inf).log_softmax(-1)
@@ -231,7 +231,10 @@ def test_trees_grown_in_c_are_those_grown_in_python(heads: SequentialHeads, num_
                 each.text += [5] * accepted
                 each.compute(len(each.text) - 1 - len(each.slots))
             asks = [each.ask(num_nodes, least_value=least_value) for each in plays]
-            asks[1] = plays[1].ask(num_nodes, SamplingParams(9, temperature=0.5, seed=3))  # grown in Python always
+            # noise: grown in Python always
+            asks[1] = plays[1].ask(
+                num_nodes, SamplingParams(9, temperature=0.5, seed=3), None, least_value
+            )
             drafts.append(made.grown(asks))
         found.append(drafts)
     sizes = [len(tree) for drafts in found[0] for tree in drafts]
@@ -268,7 +271,7 @@ def test_what_is_right_against_its_word_is_believed_later(heads: SequentialHeads
     worst = min(guess.value for guess in made.trees([each.ask()])[0] if guess.parent < 0)
     assert error is None
     assert made.calibration.error is not None
-    best = [cell for cell in made.calibration.summary(5) if (cell.depth, cell.rank) == (1, 1)]
+    best = [cell for cell in made.calibration.summary(4) if (cell.depth, cell.rank) == (1, 1) and cell.given < 0.9]
     assert best
     assert all(cell.right > cell.given for cell in best)
     assert worst < min(cell.right for cell in best)

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 from models.backbone import Backbone
 from models.checkpoint import save_heads
 from models.drafters.packed import PackedHeads
+from models.drafters.parallel import ParallelDrafter
 from models.drafters.resblock import ResBlockHeads
 from models.kernels import cpu
 from server.engine.core import Engine
@@ -147,7 +148,8 @@ def test_heads_are_packed_with_the_model(folder: Path, tmp_path: Path, quantizat
     heads = ResBlockHeads(tiny_llama(64).lm_head.weight, num_heads=2)
     save_heads(tmp_path, heads, base_model="tiny", vocab_size=64, card="")
     runner = load(folder, heads=str(tmp_path), quantization=quantization)
-    assert type(runner.heads) is kind
+    assert isinstance(runner.drafter, ParallelDrafter)
+    assert type(runner.drafter.heads) is kind
     assert runner.info.num_heads == 2
 
 

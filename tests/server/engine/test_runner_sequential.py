@@ -79,7 +79,7 @@ def test_it_guesses_and_is_forgotten(model: LlamaForCausalLM) -> None:
     texts = outputs(made, SAMPLINGS["greedy"])
     stats = [deltas[-1].stats for deltas in texts]
     assert all(each is not None and each.speculation.num_draft_tokens > 0 for each in stats)
-    drafter = made.runner.heads  # type: ignore[attr-defined]
+    drafter = made.runner.drafter  # type: ignore[attr-defined]
     assert isinstance(drafter, SequentialDrafter)
     assert not drafter._memories
 
@@ -105,8 +105,7 @@ def unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_loaded_from_a_folder(model: LlamaForCausalLM, tmp_path: Path, quantization: str) -> None:
     folder, heads = saved(tmp_path, model)
     runner = Runner.load(EngineConfig(str(folder), heads=str(heads), device="cpu", quantization=quantization))
-    assert isinstance(runner.heads, SequentialDrafter)
-    assert runner.heads.accuracies[0] == (0.5, 0.2)
+    assert isinstance(runner.drafter, SequentialDrafter)
     assert runner.info.num_heads == 3
 
 
