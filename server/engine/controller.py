@@ -39,9 +39,11 @@ NUM_DECISIONS: Final = 32  # kept for people
 PROBE_COST: Final = 0.005  # of the time: what asking the heads once more may cost while they do not pay
 PROBE_EVERY: Final = (8, 400)  # steps, at least and at most
 FORGETTING: Final = 0.05  # of a running estimate, with each step
+LEAST_GAIN: Final = 0.05  # in tokens per second, for which heads are asked: estimates are not better than that
 MAX_QUALITY: Final = 4.0
 PRICED_NODES: Final = 4  # of each request's tree: how far the price of a row looks
 NUM_BUCKETS: Final = 12
+CONTROL_RUN: Final = 8  # control steps in a row
 
 
 class Bound(NamedTuple):
@@ -76,6 +78,16 @@ class Drafting:
     features: list[Features]  # of one more row of each
     asks: list[float | None] = field(default_factory=list)  # what a guess of the heads must be worth; None: not asked
 
+    def only(self, some: Sequence[int]) -> Drafting:
+        """These of them."""
+        return Drafting(
+            [self.requests[i] for i in some],
+            [self.bounds[i] for i in some],
+            [self.rooms[i] for i in some],
+            [self.features[i] for i in some],
+            [self.asks[i] for i in some],
+        )
+
     @property
     def num_asking(self) -> int:
         return sum([least is not None for least in self.asks])
@@ -103,6 +115,7 @@ class Controller:
         self._num_nodes = num_nodes
         self._control_share = control_share
         self._random = Random(seed)
+        self._control_left = 0  # of a run of control steps
         self._gains = [_Gain() for _ in range(NUM_BUCKETS)]
         self._unasked_steps = 0  # since all were asked
         self._nodes_per_request = float(min(num_nodes, 4))  # lately taken by those who could draft
@@ -128,8 +141,17 @@ class Controller:
         return min(ceil(self._nodes_per_request * num_decoding), most)
 
     def is_control_step(self) -> bool:
-        """Is this step to decode plainly, so that it is known what that costs?"""
-        return self._random.random() < self._control_share
+        """Is this step to decode plainly, so that it is known what that costs?
+
+        Such steps come in runs: behind steps with trees, whose data are in the caches, the first ones are slower.
+        """
+        if self._control_left:
+            self._control_left -= 1
+            return True
+        if self._random.random() * CONTROL_RUN < self._control_share:
+            self._control_left = CONTROL_RUN - 1
+            return True
+        return False
 
     def ask(self, load: Load, drafting: Drafting) -> list[float | None]:
         """Whom the heads are to guess for, and what a guess must be worth to pay."""
@@ -165,7 +187,7 @@ class Controller:
         tokens, extra = self._worth(load), self.cost.extra(load.features)
         rest = self.cost.rest.seconds(load.num_decoding)
         rows, best = float(load.num_rows), 0
-        best_rate = tokens / (rest + total(self.cost.run.seconds(rows), extra))
+        best_rate = (1 + LEAST_GAIN) * tokens / (rest + total(self.cost.run.seconds(rows), extra))
         for count, i in enumerate(order, 1):
             nodes = min(gain.nodes * weights[i], MAX_NODES)
             tokens, rows = tokens + gain.value * weights[i], rows + nodes

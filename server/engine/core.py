@@ -171,9 +171,11 @@ class Engine:
         plain = self._meter.plain(load, taken, nodes + trees.draft_seconds, is_control=trees.is_control)
         if load.is_pure and load.num_decoding:
             cost.learn_run(num_rows, features, self._run_seconds)
-            cost.rest.take(load.num_decoding, taken - self._run_seconds - trees.draft_seconds)
-        if trees.num_asking:
-            cost.draft.take(trees.num_asking, trees.draft_seconds)
+            others = taken - self._run_seconds
+            if trees.num_asking:
+                cost.draft.take(trees.num_asking, others - cost.rest.seconds(load.num_decoding))
+            else:
+                cost.rest.take(load.num_decoding, others - trees.draft_seconds)
         return taken, plain
 
     def _run(self, works: Sequence[Work]) -> list[Outcome | None]:

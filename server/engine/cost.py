@@ -33,8 +33,9 @@ FEATURES: Final = ("keys", "requests", "sampled rows", "constrained rows")  # of
 LEAST_SHARE: Final = 0.1
 FIRST_EXTRAS: Final = (1e-9, 2e-5, 5e-5, 5e-5)  # seconds each, until measured
 MOST: Final = 0.3  # of the logarithm of measured over expected; what is beyond is an outlier
-RATE: Final = 0.01  # of a knot, with each step at it: nodes are chosen by differences of a few percent
-LEVEL_RATE: Final = 0.02  # of the whole curve: a machine that is slower today is slower everywhere
+RATE: Final = 0.02  # of a knot, with each step at it: nodes are chosen by differences of a few percent
+FADING: Final = 0.998  # of what was measured at a knot, with each step: where steps are rare they say more
+LEVEL_RATE: Final = 0.01  # of the whole curve: a machine that is slower today is slower everywhere
 EXTRA_RATE: Final = 0.02
 MEASURED: Final = 20.0  # steps that a measurement at the start counts for
 
@@ -82,6 +83,7 @@ class Curve:
         share = min(max((x - self._knots[left]) / width, 0.0), 1.0) if width else 1.0
         level = exp(LEVEL_RATE * surprise)
         self._seconds = [seconds * level for seconds in self._seconds]
+        self._counts = [count * FADING for count in self._counts]
         for knot, weight in ((left, 1 - share), (right, share)):
             rate = max(RATE, 1 / (1 + self._counts[knot]))
             self._seconds[knot] *= exp(rate * weight * surprise)

@@ -21,6 +21,9 @@ class ModelRunner(Protocol):
     def can_draft(self, request: Request) -> bool:
         """Is there anything to draft from, and a token that could still be emitted?"""
 
+    def can_copy(self, request: Request) -> bool:
+        """Is there anything to draft from besides the heads?"""
+
     def room_for_heads(self, request: Request) -> float:
         """The probability that a guess of the heads would matter: nothing copied is right. 0 if they cannot guess."""
 

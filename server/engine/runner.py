@@ -119,8 +119,10 @@ class Runner:
         return None
 
     def can_draft(self, request: Request) -> bool:
-        has_source = self._has_heads(request) or bool(self._copied(request)) or _is_constrained(request)
-        return self._max_depth(request) > 0 and has_source
+        return self._max_depth(request) > 0 and (self._has_heads(request) or self.can_copy(request))
+
+    def can_copy(self, request: Request) -> bool:
+        return bool(self._copied(request)) or _is_constrained(request)
 
     def room_for_heads(self, request: Request) -> float:
         if not self._has_heads(request):

@@ -50,6 +50,10 @@ def grow(
     able, bounds = [work for work, _ in chosen], [bound for _, bound in chosen]
     drafting = _drafting([work.request for work in able], bounds, runner)
     drafting.asks = controller.ask(load, drafting)
+    guessing = [
+        i for i, request in enumerate(drafting.requests) if drafting.asks[i] is not None or runner.can_copy(request)
+    ]
+    able, drafting = [able[i] for i in guessing], drafting.only(guessing)
     started = clock()
     drafts = _drafts(able, drafting, runner)
     seconds = clock() - started

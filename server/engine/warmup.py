@@ -48,7 +48,7 @@ BUDGET: Final = 3.0  # seconds
 REPEATS: Final = 5
 LONG: Final = 0.1  # seconds, after which a measurement is not repeated but once
 FEW_ROWS: Final = 4
-MANY_KEYS: Final = 1024
+MANY_KEYS: Final = 512
 LEAST_VALUE: Final = 0.1  # of a guess, when drafting is measured
 GREEDY: Final = SamplingParams(2**20, temperature=0)
 SAMPLED: Final = SamplingParams(2**20, temperature=0.8)

@@ -47,7 +47,9 @@ def test_the_engine_is_told_all_that_concerns_it() -> None:
     more += " --no-ngram --ngram-min 3 --ngram-max 7 --ngram-max-nodes 9"
     config = load([*flags.split(), *more.split()]).engine_config(Path("/model"), None)
     copies = (False, 3, 7, 9)
-    assert config == EngineConfig("/model", None, "cpu", "bfloat16", "int8", 600, 5, 99, 700, False, 0, True, 0.0, 2, *copies)
+    assert config == EngineConfig(
+        "/model", None, "cpu", "bfloat16", "int8", 600, 5, 99, 700, False, 0, True, 0.0, 2, *copies
+    )
     assert load([]).engine_config(Path("/model"), Path("/heads")) == EngineConfig("/model", "/heads")
 
 

@@ -52,6 +52,9 @@ class FakeRunner:
     def forget(self, request: Request) -> None:
         self.ready.discard(request.id)
 
+    def can_copy(self, request: Request) -> bool:
+        return self.copies
+
     def room_for_heads(self, request: Request) -> float:
         return 1.0 if request.id in self.ready else 0.0
 
