@@ -32,6 +32,7 @@ from models.batch import Batch
 from models.fused import FusedModel, can_fuse
 from models.kernels.cpu import kernels
 from models.kv_pool import KVPool
+from models.mtp import without_extra_heads
 from models.probe import (
     BackboneError,
     check_architecture,
@@ -81,12 +82,22 @@ class Backbone:
         self.eos_token_ids = tuple(id for id in _eos_token_ids(model) if 0 <= id < self.vocab_size)
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: torch.dtype, device: torch.device) -> Backbone:
-        """Read a folder (config.json, safetensors). Raises `BackboneError`, before reading weights where it can."""
+    def load(cls, path: str | Path, *, dtype: torch.dtype, device: torch.device, extra_heads: bool = True) -> Backbone:
+        """Read a folder (config.json, safetensors); `extra_heads`: those of a multi-token model, too.
+
+        Raises `BackboneError`, before reading weights where it can.
+        """
         with _quiet():
             config = _read_config(Path(path))
             _check_config(config, device)
+            config = config if extra_heads else without_extra_heads(config)
             return cls(_read_weights(Path(path), config, dtype, device))
+
+    @property
+    def unembedding(self) -> nn.Module:
+        """The output embedding: [..., hidden] -> [..., vocab]. Of a model that is not fused."""
+        module: nn.Module = self._model.get_output_embeddings()
+        return module
 
     def quantize(self) -> None:
         """Make the weights int8 and the cache binary16, for the C kernels. Raises `KernelError` if they cannot be had.
@@ -106,21 +117,35 @@ class Backbone:
         quantize_linears(self._model)
         self._model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
 
-    @torch.inference_mode()
-    def forward(self, tokens: Tensor, batch: Batch, pool: KVPool, logit_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Run `tokens` [rows] and keep `logit_rows` [n]: logits [n, vocab] float32 and hidden [n, hidden].
+    @property
+    def embedding_weight(self) -> Tensor:
+        """The input embedding, [vocab, hidden]."""
+        if self._fused is not None:
+            return self._fused.embedding
+        weight: Tensor = self._model.get_input_embeddings().weight.detach()
+        return weight
 
-        Hidden is what enters the output embedding. K and V of all rows are in `pool` afterwards, at `batch.slots`.
+    @torch.inference_mode()
+    def forward(
+        self, tokens: Tensor, batch: Batch, pool: KVPool, rows: Tensor, scored: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run `tokens` and keep `rows` [n]: logits [n, vocab] float32 and hidden [n, hidden].
+
+        With `scored`, indices into `rows`, logits are of those only. Hidden is what enters the output embedding; of a
+        multi-token model what its extra heads would put there, one after another. K and V of all rows are in `pool`
+        afterwards, at `batch.slots`.
         """
         if self._fused is not None:
-            return self._fused.forward(tokens, batch, pool, logit_rows)
+            return self._fused.forward(tokens, batch, pool, rows, scored)
         with self._attention.step(batch, pool):
             out = self._model(
-                input_ids=tokens[None], position_ids=batch.positions[None], use_cache=False, logits_to_keep=logit_rows
+                input_ids=tokens[None], position_ids=batch.positions[None], use_cache=False, logits_to_keep=rows
             )
         hidden = self._take_hidden()
         assert hidden is not None
-        return out.logits[0].float(), hidden[0]
+        states: Tensor | None = getattr(out, "head_states", None)  # [1, n, extra heads, hidden]
+        logits = out.logits[0] if scored is None else out.logits[0, scored]
+        return logits.float(), hidden[0] if states is None else states[0].flatten(1)
 
     def _keep_hidden(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._hidden = args[0]  # [1, n, hidden]

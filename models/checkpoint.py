@@ -32,6 +32,7 @@ from models.drafters.resblock import Accuracies, ResBlockHeads
 from models.errors import UsageError
 
 WEIGHTS_NAME = "medusa_lm_head.safetensors"
+PICKLE_NAME = "medusa_lm_head.pt"
 _TRUNK = ("model.", "transformer.", "gpt_neox.")
 _PREFIX = re.compile(r"^medusa_heads?\.")
 _BLOCK = re.compile(r"^(\d+)\.(\d+)\.linear\.(weight|bias)$|^blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)$")
@@ -197,10 +198,10 @@ def _weight_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise CheckpointError(f"There is nothing at {path}; give the file or folder of trained heads.")
-    for pattern in (WEIGHTS_NAME, "medusa_lm_head.pt", "*.safetensors", "*.pt", "*.bin"):
+    for pattern in (WEIGHTS_NAME, PICKLE_NAME, "*.safetensors", "*.pt", "*.bin"):
         if files := sorted(path.glob(pattern)):
             return files
-    raise CheckpointError(f"There are no weights in {path}; expected {WEIGHTS_NAME} or medusa_lm_head.pt.")
+    raise CheckpointError(f"There are no weights in {path}; expected {WEIGHTS_NAME} or {PICKLE_NAME}.")
 
 
 def _read(file: Path) -> Iterable[tuple[str, Tensor]]:

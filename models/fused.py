@@ -11,8 +11,9 @@ Invariants:
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ctypes import c_int64
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,8 +22,12 @@ from transformers import PreTrainedModel
 
 from models.attention import Scoring
 from models.batch import Batch
+from models.drafters import growth
+from models.drafters.growth import Chain
+from models.drafters.sequential import SequentialHeads
 from models.kernels import cpu, reference
 from models.kv_pool import KVPool
+from models.tree import Guess
 
 COMMON = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM"}
 FIXED_ROTATIONS = {"default", "linear", "llama3", "yarn"}  # of a position, whatever the others are
@@ -53,70 +58,61 @@ def _is_common(layer: Any, scoring: Scoring) -> bool:
     )
 
 
-class FusedModel:
-    """Has packed what it needs of the modules, which can be thrown away; of their tensors it keeps the embedding."""
+def can_fuse_drafter(heads: SequentialHeads) -> bool:
+    """Whether `FusedSequential` can run `heads`."""
+    return _is_common(heads.layer, Scoring(1.0)) and heads.shape.hidden_size % reference.GROUP == 0
 
-    def __init__(self, model: PreTrainedModel, scorings: Mapping[int, Scoring], num_positions: int) -> None:
-        """`model`, float32 on a CPU, must be one that `can_fuse`."""
-        trunk: Any = model.model
-        first = trunk.layers[0]
+
+class FusedLayers:
+    """Layers of the common shape, packed, and the buffers that a step of them works in."""
+
+    def __init__(self, layers: Sequence[Any], scorings: Sequence[Scoring]) -> None:
+        """`layers`: transformers' modules, float32 on a CPU."""
+        first = layers[0]
         self._dim: int = first.self_attn.head_dim
         self._heads: int = first.self_attn.q_proj.out_features // self._dim
         self._kv_heads: int = first.self_attn.k_proj.out_features // self._dim
         self._inner: int = first.mlp.down_proj.in_features
+        self._hidden_size: int = first.self_attn.q_proj.in_features
         self._kept: list[object] = []  # what the structs point into
         self._pool: KVPool | None = None  # the one whose addresses they hold
         self._num_rows = 0  # that the buffers have room for
-        self._scorings = [scorings[layer.self_attn.layer_idx] for layer in trunk.layers]
-        packed = [self._pack(layer) for layer in trunk.layers]
+        self._scorings = scorings
+        packed = [self._pack(layer) for layer in layers]
         self._layers = (cpu.LayerStruct * len(packed))(*packed)
-        cosines, sines = _rotations(trunk.rotary_emb, num_positions)
-        head: nn.Linear = model.get_output_embeddings()
-        self._hidden_size, self._vocab_size = head.in_features, head.out_features
-        self.embedding = trunk.embed_tokens.weight.detach().clone()  # a copy: the loaded one may hold a whole file open
-        self._struct = cpu.TrunkStruct(
+
+    def _trunk(
+        self, embedding: Tensor, norm: Tensor, head: tuple[Tensor, Tensor | None], rotary: nn.Module, positions: int
+    ) -> cpu.TrunkStruct:
+        """`embedding` is not copied: the caller keeps it."""
+        cosines, sines = _rotations(rotary, positions)
+        return cpu.TrunkStruct(
             self._layers,
-            len(packed),
-            cpu.address(self.embedding),
-            self._keep(trunk.norm.weight),
-            self._linear((head.weight, head.bias)),
+            len(self._layers),
+            cpu.address(embedding),
+            self._keep(norm),
+            self._linear(head),
             self._keep(cosines),
             self._keep(sines),
             cosines.shape[1],
         )
 
-    def forward(self, tokens: Tensor, batch: Batch, pool: KVPool, logit_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Backbone.forward`."""
+    def _buffers(self, rows: int, pool: KVPool) -> cpu.BuffersStruct:
+        """For a step of so many rows on this pool."""
         if pool is not self._pool:
             self._point_to(pool)
-        if len(tokens) > self._num_rows:
-            self._make_room(len(tokens))
-        count = len(logit_rows)
-        step = cpu.step_struct(batch)
-        kept = torch.empty(count, self._hidden_size)
-        logits = torch.empty(count, self._struct.head.outputs)
-        cpu.call(
-            "medusa_forward",
-            ctypes.byref(self._struct),
-            ctypes.byref(step),
-            ctypes.byref(self._buffers),
-            cpu.address(tokens),
-            cpu.address(logit_rows),
-            c_int64(count),
-            cpu.address(kept),
-            cpu.address(logits),
-        )
-        return logits[:, : self._vocab_size], kept
+        if rows > self._num_rows:
+            self._make_room(rows)
+        return self._struct_of_buffers
 
     def _make_room(self, rows: int) -> None:
-        """Buffers for steps of up to so many rows."""
         queries = self._heads * self._dim
         widths = (self._hidden_size, queries + 2 * self._kv_heads * self._dim, queries, queries, self._inner)
         self._room = (
             [torch.empty(rows, width) for width in widths],
-            cpu.Rows(rows, max(widths[0], queries, self._inner)),
+            cpu.Rows(rows, max(2 * widths[0], queries, self._inner)),
         )
-        self._buffers = cpu.BuffersStruct(*map(cpu.address, self._room[0]), self._room[1].struct)
+        self._struct_of_buffers = cpu.BuffersStruct(*map(cpu.address, self._room[0]), self._room[1].struct)
         self._num_rows = rows
 
     def _point_to(self, pool: KVPool) -> None:
@@ -148,6 +144,116 @@ class FusedModel:
         kept = None if tensor is None else tensor.detach().clone()
         self._kept.append(kept)
         return cpu.address(kept)
+
+
+class FusedModel(FusedLayers):
+    """Has packed what it needs of the modules, which can be thrown away; of their tensors it keeps the embedding."""
+
+    def __init__(self, model: PreTrainedModel, scorings: Mapping[int, Scoring], num_positions: int) -> None:
+        """`model`, float32 on a CPU, must be one that `can_fuse`."""
+        trunk: Any = model.model
+        super().__init__(trunk.layers, [scorings[layer.self_attn.layer_idx] for layer in trunk.layers])
+        head: nn.Linear = model.get_output_embeddings()
+        self._vocab_size = head.out_features
+        self.embedding: Tensor = (
+            trunk.embed_tokens.weight.detach().clone()
+        )  # a copy: the loaded one may hold a whole file open
+        self._struct = self._trunk(
+            self.embedding, trunk.norm.weight, (head.weight, head.bias), trunk.rotary_emb, num_positions
+        )
+
+    def forward(
+        self, tokens: Tensor, batch: Batch, pool: KVPool, rows: Tensor, scored: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `Backbone.forward`."""
+        buffers, step = self._buffers(len(tokens), pool), cpu.step_struct(batch)
+        asked = cpu.Asked(rows, scored, self._hidden_size, self._struct.head.outputs)
+        cpu.call(
+            "medusa_forward",
+            ctypes.byref(self._struct),
+            ctypes.byref(step),
+            ctypes.byref(buffers),
+            cpu.address(tokens),
+            ctypes.byref(asked.struct),
+        )
+        return asked.logits[:, : self._vocab_size], asked.kept
+
+
+class FusedSequential(FusedLayers):
+    """A sequential drafter as one call a depth, for serving on a CPU."""
+
+    def __init__(self, heads: SequentialHeads, num_positions: int) -> None:
+        """`heads`: float32 on a CPU. The pool that it works on has one layer."""
+        super().__init__([heads.layer], [Scoring(heads.shape.head_dim**-0.5)])
+        self.embedding = heads.embedding
+        self._token_ids = heads.token_ids
+        ranks = min(growth.NUM_RANKS, len(heads.token_ids))
+        self._rules = cpu.RulesStruct(
+            ranks, growth.WIDTH, heads.num_heads, growth.LEAST_VALUE, growth.NEXT_RIGHT, growth.LEAST_GAIN, growth.HEARD
+        )
+        trunk = self._trunk(self.embedding, heads.norm.weight, (heads.lm_head, None), heads.rotary, num_positions)
+        self._struct = cpu.DrafterStruct(
+            trunk,
+            self._linear((heads.input.weight, None)),
+            self._keep(heads.token_norm.weight),
+            self._keep(heads.state_norm.weight),
+        )
+
+    def guess(self, tokens: Tensor, states: Tensor, batch: Batch, pool: KVPool, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [rows] and the states before them [rows, hidden]. Of the `rows` named, logits and states.
+
+        Logits are [n, draft_vocab and what it takes to fill a block], of which the last have no meaning.
+        """
+        buffers, step = self._buffers(len(tokens), pool), cpu.step_struct(batch)
+        asked = cpu.Asked(rows, None, self._hidden_size, self._struct.trunk.head.outputs)
+        cpu.call(
+            "medusa_guess",
+            ctypes.byref(self._struct),
+            ctypes.byref(step),
+            ctypes.byref(buffers),
+            cpu.address(tokens),
+            cpu.address(states),
+            ctypes.byref(asked.struct),
+        )
+        return asked.logits, asked.kept
+
+    def draft(self, chains: Sequence[Chain], pool: KVPool, scratch: int) -> list[list[Guess]]:
+        """Whole trees in one call, grown as `models.drafters.growth` grows them. Slots from `scratch` on are free."""
+        asks = (cpu.AskStruct * len(chains))(*map(_ask_struct, chains))
+        total = sum(chain.num_nodes for chain in chains)
+        tokens, parents = torch.empty(2, total, dtype=torch.int64)
+        values, counts = torch.empty(total), torch.empty(len(chains), dtype=torch.int64)
+        states = torch.cat([chain.states for chain in chains])
+        buffers = self._buffers(max(len(states), len(chains) * growth.WIDTH), pool)
+        cpu.call(
+            "medusa_draft",
+            ctypes.byref(self._struct),
+            ctypes.byref(self._rules),
+            ctypes.byref(buffers),
+            asks,
+            c_int64(len(chains)),
+            cpu.address(states),
+            c_int64(scratch),
+            cpu.address(self._token_ids),
+            c_int64(len(self._token_ids)),
+            *map(cpu.address, (tokens, parents, values, counts)),
+        )
+        nodes = list(zip(tokens.tolist(), parents.tolist(), values.tolist(), strict=True))
+        starts = accumulate([chain.num_nodes for chain in chains], initial=0)
+        return [
+            [Guess(*node, "heads") for node in nodes[start : start + count]]
+            for start, count in zip(starts, counts.tolist(), strict=False)
+        ]
+
+    def best(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """[n, at least draft_vocab] -> the `count` best and their shares of the softmax, [n, count]."""
+        return cpu.best(scores, len(self._token_ids), count, 1.0)
+
+
+def _ask_struct(chain: Chain) -> cpu.AskStruct:
+    tensors = chain.context, chain.tokens, chain.slots
+    sizes = len(chain.context), len(chain.tokens), chain.position, chain.num_nodes, chain.max_depth, chain.least_value
+    return cpu.AskStruct(*map(cpu.address, tensors), *sizes)
 
 
 def _rotations(rotary: nn.Module, num_positions: int) -> tuple[Tensor, Tensor]:

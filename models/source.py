@@ -23,8 +23,10 @@ from models.cache import ModelSourceError, cached, digest, fingerprint, run_pyth
 __all__ = [
     "DEFAULT_HEADS",
     "DEFAULT_MODEL",
+    "MTP_MODEL_TYPE",
     "ModelSourceError",
     "check_heads",
+    "has_own_heads",
     "read_config",
     "resolve",
     "resolve_heads",
@@ -33,6 +35,7 @@ __all__ = [
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_HEADS = Path(__file__).parent / "heads" / DEFAULT_MODEL
 CONVERTER_VERSION = "1"  # another when models.gguf writes something else for the same file
+MTP_MODEL_TYPE = "meta_multi_token"  # that of models.mtp
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 
@@ -102,7 +105,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @cache
 def causal_models() -> frozenset[str] | None:
-    """Model types that `AutoModelForCausalLM` knows; None if this transformers keeps its list in another way.
+    """Model types that can be loaded: `AutoModelForCausalLM`'s, and ours; None if transformers lists them otherwise.
 
     Importing the list would import torch, so it is read from the source: a literal in `auto/modeling_auto.py`.
     """
@@ -113,7 +116,7 @@ def causal_models() -> frozenset[str] | None:
     for node in ast.parse(source).body:
         match node:
             case ast.Assign([ast.Name("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")], ast.Call(args=[pairs])):
-                return frozenset(dict(ast.literal_eval(pairs)))
+                return frozenset({MTP_MODEL_TYPE, *dict(ast.literal_eval(pairs))})
     return None
 
 
@@ -148,6 +151,11 @@ def check_heads(path: Path, config: Mapping[str, Any]) -> None:
     named = _read_optional_json(path / "config.json").get("vocab_size")
     if "token_map" in shapes and named is not None and named != config.get("vocab_size", named):
         _refuse_heads(path, "a vocabulary of", named, config["vocab_size"])
+
+
+def has_own_heads(config: Mapping[str, Any]) -> bool:
+    """Whether config.json is that of a multi-token model with more heads than the next token's."""
+    return config.get("model_type") == MTP_MODEL_TYPE and int(config.get("num_future_tokens", 1)) > 1
 
 
 def heads_header(path: Path) -> dict[str, list[int]]:

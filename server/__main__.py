@@ -18,6 +18,8 @@ usage: medusa-serve COMMAND ...
   serve [MODEL] [--port 8000] [--heads PATH] ...   serve a model over the OpenAI API
   distill [MODEL] --output FILE --tokens N ...     let a model write the text that its heads learn from
   train heads ...                                  train Medusa heads for a model
+  train pretrain --data FILES --output DIR ...     train a multi-token model on text, from scratch
+  export heads HEADS --format FORMAT ...           write heads for FasterDecoding's Medusa, TGI or vLLM
   evaluate heads ...                               tokens per step on held-out prompts, by number of nodes
   evaluate perplexity ...                          int8 weights against float32 on a text
   version                                          print the version
@@ -39,6 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from models.train import heads
 
             return heads.main(flags)
+        case ["train", "pretrain", *flags]:
+            from models.train import pretrain
+
+            return pretrain.main(flags)
+        case ["export", "heads", *flags]:
+            from models import export
+
+            return export.main(flags)
         case ["evaluate", "heads", *flags]:
             from models.train import evaluate
 

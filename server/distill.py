@@ -106,6 +106,7 @@ def _engine(options: argparse.Namespace, folder: Path) -> Engine:
         dtype=options.dtype,
         quantization=options.quantization,
         max_num_seqs=options.max_num_seqs,
+        prefix_cache=False,  # of little use here: it would keep all texts until memory is full
     )
     return Engine(config, Runner.load(config))
 

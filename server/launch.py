@@ -27,7 +27,7 @@ import uvloop
 from rich.console import Console
 from rich.text import Text
 
-from models.source import DEFAULT_MODEL, check_heads, read_config, resolve, resolve_heads
+from models.source import DEFAULT_MODEL, check_heads, has_own_heads, read_config, resolve, resolve_heads
 from server import __version__
 from server.drain import Drain
 from server.engine.client import EngineClient
@@ -60,7 +60,8 @@ def serve(settings: Settings) -> int:
         _tell("model", f"{settings.model_name}  {folder}")
         if heads is not None:
             check_heads(heads, read_config(folder))
-        _tell_heads(settings, heads)
+        own_heads = settings.heads is None and has_own_heads(read_config(folder))
+        _tell("heads", "the model's own" if own_heads else _heads_in_words(settings, heads))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(settings, options, folder, heads, listener))
     return 0
@@ -77,10 +78,12 @@ def _check_certificate(settings: Settings) -> None:
         raise StartupError(f"Cannot use the certificate {settings.ssl_certfile} with its key: {error}.") from error
 
 
-def _tell_heads(settings: Settings, heads: Path | None) -> None:
-    is_missing = heads is None and settings.heads is None and settings.model == DEFAULT_MODEL
-    why = ": the built-in ones are not installed; see medusa-serve train heads" if is_missing else ": plain decoding"
-    _tell("heads", str(heads) if heads is not None else f"none{why}")
+def _heads_in_words(settings: Settings, heads: Path | None) -> str:
+    if heads is not None:
+        return str(heads)
+    if settings.heads is None and settings.model == DEFAULT_MODEL:
+        return "none: the built-in ones are not installed; see medusa-serve train heads"
+    return "none: plain decoding"
 
 
 async def _serve(

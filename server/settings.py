@@ -69,7 +69,9 @@ class Settings(BaseSettings):
     model: CliPositionalArg[str] = Field(
         DEFAULT_MODEL, description="a folder, a GGUF file, a hub id (org/name), or the built-in model's name"
     )
-    heads: str | None = Field(None, description="Medusa heads: file, folder or 'none'; built-in for the default model")
+    heads: str | None = Field(
+        None, description="Medusa heads: file, folder or 'none'; built-in for the default model and multi-token models"
+    )
     config: Path | None = Field(None, description="YAML file with any of these settings")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is all")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 is any free one")
@@ -158,6 +160,7 @@ class Settings(BaseSettings):
         return EngineConfig(
             model=str(model),
             heads=None if heads is None else str(heads),
+            own_heads=self.heads is None,
             device=self.device,
             dtype=self.dtype,
             quantization=self.quantization,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from models.mtp import MTPConfig, MTPForCausalLM
+
 
 def small_llama(*, seed: int = 0, **sizes: object) -> LlamaForCausalLM:
     """Two layers, 64 tokens; weights large enough for outputs that differ. `sizes` are LlamaConfig's."""
@@ -22,3 +24,21 @@ def small_llama(*, seed: int = 0, **sizes: object) -> LlamaForCausalLM:
         "eos_token_id": 1,
     }
     return LlamaForCausalLM(LlamaConfig(**(usual | sizes))).eval()
+
+
+def small_mtp(*, num_future_tokens: int = 4, seed: int = 0, **sizes: object) -> MTPForCausalLM:
+    """A trunk of one layer and so many heads, 64 tokens; `sizes` are MTPConfig's."""
+    torch.manual_seed(seed)
+    usual = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": num_future_tokens + 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    return MTPForCausalLM(MTPConfig(**(usual | {"num_future_tokens": num_future_tokens} | sizes))).eval()

@@ -1,8 +1,8 @@
 """Dynamic trees of parallel heads, for many requests at once.
 
-Parallel heads guess the same tokens below every node of a depth, so a request's possible trees are one lattice: a path is
-a sequence of ranks, its value the product of the probabilities along it. The best paths are looked for among a fixed set
-of paths that is closed under taking parents and large enough to hold them all but always.
+Parallel heads guess the same tokens below every node of a depth, so a request's possible trees are one lattice: a path
+is a sequence of ranks, its value the product of the probabilities along it. The best paths are looked for among a fixed
+set of paths that is closed under taking parents and large enough to hold them all but always.
 
 Invariant: of equal values the shallower path is first, so a tree's best paths are a tree.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from math import log
 from typing import Any, Final
 
@@ -65,12 +66,12 @@ def lattice(num_depths: int, num_ranks: int, num_nodes: int) -> Lattice:
         parents=np.array([places[path[:-1]] for path in paths]),
         depths=depths,
         ranks=np.array([path[-1] for path in paths]),
-        levels=tuple(slice(low, high) for low, high in zip(bounds, bounds[1:], strict=False)),
+        levels=tuple(slice(low, high) for low, high in pairwise(bounds)),
     )
 
 
 def best_trees(shape: Lattice, values: Floats, tokens: Integers, num_nodes: int) -> tuple[Integers, Integers, Floats]:
-    """The `num_nodes` best paths of each request as a tree: tokens, parents, values, each [requests, nodes], best first.
+    """The `num_nodes` best paths of each request as a tree, best first: tokens, parents, values [requests, nodes].
 
     values: [requests, paths], tokens: [requests, depths, ranks].
     """

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.drafters.mtp import MTPHeads
 from models.drafters.packed import PackedHeads
 from models.drafters.resblock import ResBlockHeads
 from models.masks import Mask
 from models.sampling import Params, gumbel_from_keys, noise_key
 
-Heads = ResBlockHeads | PackedHeads
+Heads = ResBlockHeads | PackedHeads | MTPHeads
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ Invariant: the heads run once for all requests of a call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -14,33 +13,13 @@ import torch
 from torch import Tensor
 
 from models.drafters.calibration import KINDS, NUM_RANKS, Calibration, Floats, Integers, Kind, LatticeOffer, Offers
+from models.drafters.drafter import Ask, Ranked
 from models.drafters.lattice import best_trees, lattice
-from models.drafters.medusa import Candidates, DraftRow, Heads, propose
+from models.drafters.medusa import Candidates, Heads, propose
 from models.drafters.resblock import DEFAULT_ACCURACIES
 from models.tree import Guess, draft_from_heads
 
-LEAST_VALUE: Final = 0.003  # a node worth less never pays
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One request that the heads are to guess for."""
-
-    request: str
-    text: Sequence[int]  # prompt + output
-    hidden: Tensor  # [hidden] of the last accepted row
-    row: DraftRow
-    kind: Kind
-    num_nodes: int
-    max_depth: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ranked:
-    """Candidates of one request by depth and rank, and how likely each is if those before it are right."""
-
-    tokens: list[list[int]]
-    probabilities: list[list[float]]
+LEAST_VALUE: Final = 0.003  # a node worth less pays nowhere
 
 
 class ParallelDrafter:
@@ -50,9 +29,22 @@ class ParallelDrafter:
         """With `is_static` all trees have the one shape that is best by the accuracies measured after training."""
         self.heads = heads
         self._accuracies = (heads.accuracies or DEFAULT_ACCURACIES)[: heads.num_heads]
+        self.num_heads, self.sees_all = heads.num_heads, False
         self._is_static = is_static
         self.calibration = Calibration(self._accuracies, heads.num_heads)
         self._offers = Offers(self.calibration)
+        self._states: dict[str, tuple[int, Tensor]] = {}  # request -> position, [hidden]
+
+    def overwrite(self, slots: Sequence[int]) -> None:
+        """No slot matters here."""
+
+    def remember(self, request: str, start: int, states: Tensor) -> None:
+        """The model's states at a request's positions from `start` on: [n, hidden]; only the last is of use."""
+        self._states[request] = start + len(states) - 1, states[-1]
+
+    def knows(self, request: str, root: int) -> bool:
+        """Whether the state before the token at position `root` is remembered."""
+        return request in self._states and self._states[request][0] == root - 1
 
     def trees(self, asks: Sequence[Ask]) -> list[list[Guess]]:
         """The best guesses for each, best first."""
@@ -61,13 +53,14 @@ class ParallelDrafter:
         candidates, probabilities = self._guess(asks)
         if self._is_static:
             return [self._static(tokens, ask) for tokens, ask in zip(candidates.tokens.tolist(), asks, strict=True)]
-        num_nodes = max(ask.num_nodes for ask in asks)
+        num_nodes = max([ask.num_nodes for ask in asks])
         shape = lattice(*candidates.tokens.shape[1:], num_nodes)
         values = shape.values(probabilities)
         deepest = np.array([ask.max_depth for ask in asks])
         values[shape.depths >= deepest[:, None]] = 0.0
         tokens, parents, values = best_trees(shape, values, candidates.tokens, num_nodes)
-        counts = np.minimum((values >= LEAST_VALUE).sum(1), [ask.num_nodes for ask in asks]).tolist()
+        least = np.array([max(ask.least_value, LEAST_VALUE) for ask in asks])
+        counts = np.minimum((values >= least[:, None]).sum(1), [ask.num_nodes for ask in asks]).tolist()
         rows = zip(tokens.tolist(), parents.tolist(), values.tolist(), counts, strict=True)
         return [
             [Guess(*node, "heads") for node in zip(token[:count], parent[:count], value[:count], strict=True)]
@@ -84,12 +77,16 @@ class ParallelDrafter:
     def forget(self, request: str) -> None:
         """Drop all state of a request."""
         self._offers.forget(request)
+        self._states.pop(request, None)
 
     def _guess(self, asks: Sequence[Ask], *, is_watched: bool = True) -> tuple[Candidates, Floats]:
         """Candidates, and the calibrated probability of each: [asks, depths, ranks]."""
         self._offers.learn([(ask.request, ask.text) for ask in asks])
         candidates = propose(
-            self.heads, torch.stack([ask.hidden for ask in asks]), [ask.row for ask in asks], NUM_RANKS
+            self.heads,
+            torch.stack([self._states[ask.request][1] for ask in asks]),
+            [ask.row for ask in asks],
+            NUM_RANKS,
         )
         given = np.nan_to_num(candidates.given)  # what may not be said at all has no share of it
         cells = self._cells(given, [ask.kind for ask in asks])

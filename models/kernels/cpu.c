@@ -4,7 +4,10 @@
  */
 #include <omp.h>
 
+#include <stdlib.h>
+
 #include "attention.h"
+#include "draft.h"
 #include "linear.h"
 
 #define PANEL 128  /* rows whose quantised values stay in the second-level cache */
@@ -30,6 +33,13 @@ typedef struct {
     const float *cos, *sin;   /* [positions][rotary_dim] */
     int64_t rotary_dim;
 } Trunk;
+
+/* A sequential drafter: one layer, and what enters it, [norm(embedding); norm(state)] times a weight. */
+typedef struct {
+    Trunk trunk;
+    Linear input;
+    const float *token_norm, *state_norm; /* [hidden] */
+} Drafter;
 
 /* What a step works on. */
 typedef struct {
@@ -179,13 +189,35 @@ static void assemble(Team *team) {
     team->size = omp_get_num_threads(); /* may be fewer than were asked for */
 }
 
-/* One step of the model: tokens [rows] in; of the `count` rows named, kept [count][hidden], which is what enters the
- * output embedding, and logits [count][outputs of the head]. */
-void medusa_forward(int threads, const Trunk *trunk, const Step *step, const Buffers *b, const int64_t *tokens,
-                    const int64_t *rows, int64_t count, float *kept, float *logits) {
+/* Which rows of a step are asked about, and where the answers go. */
+typedef struct {
+    const int64_t *rows;   /* [count] */
+    int64_t count;
+    const int64_t *scored; /* [num_scored] indices into `rows`: those with logits */
+    int64_t num_scored;
+    float *kept;           /* [count][hidden]: what enters the output embedding */
+    float *logits;         /* [num_scored][outputs of the head] */
+} Asked;
+
+/* The layers, from what is in b->hidden to the answers. */
+static void run_layers(Team *team, Scratch *scratch, float *wide, const Trunk *trunk, const Step *step, const Buffers *b,
+                       const Asked *asked) {
     const int64_t size = trunk->head.inputs;
-    const float epsilon = trunk->layers->epsilon;
     const Rows last = as_wide(&b->narrow, size);
+    for (int64_t i = 0; i < trunk->num_layers; i++) run_layer(team, scratch, wide, trunk, trunk->layers + i, step, b);
+    for (int64_t i; (i = take(team, 1)) < asked->count;)
+        rms_norm(b->hidden + asked->rows[i] * size, trunk->norm, size, trunk->layers->epsilon, asked->kept + i * size);
+    meet(team);
+    for (int64_t i; (i = take(team, 1)) < asked->num_scored;)
+        quantize_row(&last, i, asked->kept + asked->scored[i] * size);
+    meet(team);
+    multiply(team, &trunk->head, &last, asked->num_scored, SET, asked->logits);
+}
+
+/* One step of the model for tokens [rows]. */
+void medusa_forward(int threads, const Trunk *trunk, const Step *step, const Buffers *b, const int64_t *tokens,
+                    const Asked *asked) {
+    const int64_t size = trunk->head.inputs;
     Team team = {0};
 #pragma omp parallel num_threads(threads)
     {
@@ -195,15 +227,106 @@ void medusa_forward(int threads, const Trunk *trunk, const Step *step, const Buf
         for (int64_t row; (row = take(&team, 1)) < step->rows;)
             memcpy(b->hidden + row * size, trunk->embedding + tokens[row] * size, size * sizeof(float));
         meet(&team);
-        for (int64_t i = 0; i < trunk->num_layers; i++)
-            run_layer(&team, &scratch, wide, trunk, trunk->layers + i, step, b);
-        for (int64_t i; (i = take(&team, 1)) < count;) {
-            rms_norm(b->hidden + rows[i] * size, trunk->norm, size, epsilon, kept + i * size);
-            quantize_row(&last, i, kept + i * size);
+        run_layers(&team, &scratch, wide, trunk, step, b, asked);
+    }
+}
+
+/* One step of a sequential drafter (models.drafters.sequential) for tokens [rows] and the states before them
+ * [rows][hidden]. */
+void medusa_guess(int threads, const Drafter *drafter, const Step *step, const Buffers *b, const int64_t *tokens,
+                  const float *states, const Asked *asked) {
+    const Trunk *trunk = &drafter->trunk;
+    const int64_t size = trunk->head.inputs;
+    const float epsilon = trunk->layers->epsilon;
+    const Rows both = as_wide(&b->narrow, 2 * size);
+    Team team = {0};
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch scratch;
+        float wide[2 * size];
+        assemble(&team);
+        for (int64_t row; (row = take(&team, 1)) < step->rows;) {
+            rms_norm(trunk->embedding + tokens[row] * size, drafter->token_norm, size, epsilon, wide);
+            rms_norm(states + row * size, drafter->state_norm, size, epsilon, wide + size);
+            quantize_row(&both, row, wide);
         }
         meet(&team);
-        multiply(&team, &trunk->head, &last, count, SET, logits);
+        multiply(&team, &drafter->input, &both, step->rows, SET, b->hidden);
+        run_layers(&team, &scratch, wide, trunk, step, b, asked);
     }
+}
+
+/* Of each row of scores [rows][width], of which `vocab` count, the `count` largest, best first, and their shares in the
+ * softmax of `sharpness` times the scores. */
+void medusa_best(const float *scores, int64_t rows, int64_t width, int64_t vocab, int64_t count, float sharpness,
+                 int64_t *best, float *shares) {
+    for (int64_t row = 0; row < rows; row++, scores += width, best += count, shares += count) {
+        int64_t found = 0;
+        for (int64_t i = 0; i < vocab; i++) {
+            if (found == count && !(scores[i] > scores[best[count - 1]])) continue;
+            int64_t place = found < count ? found++ : count - 1;
+            for (; place > 0 && scores[i] > scores[best[place - 1]]; place--) best[place] = best[place - 1];
+            best[place] = i;
+        }
+        const float most = scores[best[0]];
+        floats sums = splat(0.0f);
+        int64_t i = 0;
+        for (; i + LANES <= vocab; i += LANES) sums += exponential((load(scores + i) - most) * sharpness);
+        float total = sum_of(sums);
+        for (; i < vocab; i++) total += exponential(splat((scores[i] - most) * sharpness))[0];
+        for (int64_t k = 0; k < count; k++) shares[k] = exponential(splat((scores[best[k]] - most) * sharpness))[0] / total;
+    }
+}
+
+static void *room(int64_t count, int64_t size) {
+    void *memory = malloc((count ? count : 1) * size);
+    if (!memory) abort();
+    return memory;
+}
+
+/* Trees of a sequential drafter. states [sum of num_chain][hidden]: before each token of the chains; token_ids [vocab]:
+ * the draft vocabulary; slots from `scratch` on are free. tokens, parents, values: [sum of num_nodes], counts: [num_asks]. */
+void medusa_draft(int threads, const Drafter *drafter, const Rules *rules, const Buffers *b, const Ask *asks,
+                  int64_t num_asks, const float *states, int64_t scratch, const int64_t *token_ids, int64_t vocab,
+                  int64_t *tokens, int64_t *parents, float *values, int64_t *counts) {
+    const int64_t size = drafter->trunk.head.inputs, outputs = drafter->trunk.head.outputs, width = rules->width;
+    int64_t chains = 0, slots = 0, opened = num_asks * (1 + width * (rules->rounds - 1));
+    for (int64_t i = 0; i < num_asks; i++) {
+        chains += asks[i].num_chain;
+        slots += width * (asks[i].num_context + asks[i].num_chain + rules->rounds);
+    }
+    const int64_t rows = chains > num_asks * width ? chains : num_asks * width;
+    Grove grove = {rules, asks, num_asks, rules->ranks * (1 + width * (rules->rounds - 1)), 0, 0, scratch, 0, 0, 0};
+    grove.counts = room(num_asks, sizeof(int64_t)), grove.root_states = room(num_asks, sizeof(int64_t));
+    grove.nodes = room(num_asks * grove.most, sizeof(Node)), grove.states = room(opened * size, sizeof(float));
+    memset(grove.counts, 0, num_asks * sizeof(int64_t));
+    int64_t *places = room(slots + 7 * rows, sizeof(int64_t)); /* one block for all arrays of integers */
+    Round round = {{0}, room(rows, sizeof(Segment)), places + 7 * rows, places, places + rows, room(rows, sizeof(int32_t)),
+                   places + 2 * rows, places + 3 * rows, places + 4 * rows, places + 5 * rows,
+                   room(rows * size, sizeof(float)), room(num_asks * width * outputs, sizeof(float)),
+                   room(num_asks * width * rules->ranks, sizeof(float)), 0, 0};
+    round.best = room(num_asks * width * rules->ranks, sizeof(int64_t));
+    for (int64_t r = 0; r < rows; r++) places[6 * rows + r] = r; /* all that is asked about has logits */
+    for (int64_t n = 0; n < rules->rounds; n++) {
+        round.step = (Step){round.segments, 0, round.table, round.positions, round.slots, round.parents, 0};
+        round.num_opened = 0;
+        if (n) sprout(&grove, &round, size);
+        else plant(&grove, &round, states, size);
+        if (!round.num_opened) break;
+        float *found = grove.states + grove.num_states * size;
+        const Asked asked = {round.rows, round.num_opened, places + 6 * rows, round.num_opened, found, round.logits};
+        medusa_guess(threads, drafter, &round.step, b, round.tokens, round.inputs, &asked);
+        medusa_best(round.logits, round.num_opened, outputs, vocab, rules->ranks, 1.0f, round.best, round.shares);
+        for (int64_t k = 0; k < round.num_opened; k++) {
+            const int64_t i = round.owners[k], node = round.nodes[k];
+            *(node < 0 ? grove.root_states + i : &grove.nodes[i * grove.most + node].state) = grove.num_states++;
+            open_node(&grove, i, node, token_ids, round.best + k * rules->ranks, round.shares + k * rules->ranks);
+        }
+    }
+    harvest(&grove, tokens, parents, values, counts);
+    void *all[] = {grove.counts, grove.root_states, grove.nodes, grove.states, places, round.segments, round.parents,
+                   round.inputs, round.logits, round.shares, round.best};
+    for (uint64_t k = 0; k < sizeof all / sizeof *all; k++) free(all[k]);
 }
 
 /* out [count][outputs] = x [count][inputs] times the weights. */

@@ -97,6 +97,47 @@ class TrunkStruct(Structure):
     )
 
 
+class DrafterStruct(Structure):
+    _fields_ = (("trunk", TrunkStruct), ("input", LinearStruct), ("token_norm", c_void_p), ("state_norm", c_void_p))
+
+
+class AskedStruct(Structure):
+    _fields_ = (
+        ("rows", c_void_p),
+        ("count", c_int64),
+        ("scored", c_void_p),
+        ("num_scored", c_int64),
+        ("kept", c_void_p),
+        ("logits", c_void_p),
+    )
+
+
+class RulesStruct(Structure):
+    _fields_ = (
+        ("ranks", c_int64),
+        ("width", c_int64),
+        ("rounds", c_int64),
+        ("least_value", c_float),
+        ("next_right", c_float),
+        ("least_gain", c_float),
+        ("heard", c_float),
+    )
+
+
+class AskStruct(Structure):
+    _fields_ = (
+        ("context", c_void_p),
+        ("tokens", c_void_p),
+        ("slots", c_void_p),
+        ("num_context", c_int64),
+        ("num_chain", c_int64),
+        ("position", c_int64),
+        ("num_nodes", c_int64),
+        ("max_depth", c_int64),
+        ("least_value", c_float),
+    )
+
+
 class BuffersStruct(Structure):
     _fields_ = (
         ("hidden", c_void_p),
@@ -203,6 +244,35 @@ class Rows:
             torch.empty(count, groups, dtype=torch.int32),
         )
         self.struct = RowsStruct(*map(address, self._tensors), inputs)
+
+
+class Asked:
+    """Rows of a step that are asked about, and room for the answers: `kept` [n, hidden], `logits` [scored, outputs]."""
+
+    def __init__(self, rows: Tensor, scored: Tensor | None, hidden_size: int, outputs: int) -> None:
+        """`scored`: indices into `rows` of those with logits; None is all."""
+        self._rows, self._scored = rows, torch.arange(len(rows)) if scored is None else scored
+        self.kept = torch.empty(len(rows), hidden_size)
+        self.logits = torch.empty(len(self._scored), outputs)
+        self.struct = AskedStruct(
+            address(self._rows),
+            len(self._rows),
+            address(self._scored),
+            len(self._scored),
+            address(self.kept),
+            address(self.logits),
+        )
+
+
+def best(scores: Tensor, vocab: int, count: int, sharpness: float) -> tuple[Tensor, Tensor]:
+    """scores: [rows, at least vocab] -> the `count` best, and their shares of softmax(sharpness * scores).
+
+    Both are [rows, count]; `count` is at most `vocab`.
+    """
+    found, shares = torch.empty(len(scores), count, dtype=torch.int64), torch.empty(len(scores), count)
+    sizes = map(c_int64, (len(scores), scores.stride(0), vocab, count))
+    kernels().medusa_best(address(scores), *sizes, c_float(sharpness), address(found), address(shares))
+    return found, shares
 
 
 def attention_struct(keys: Tensor, values: Tensor, heads: int, scaling: float, window: int | None) -> AttentionStruct:

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.drafters.resblock import Accuracies, ResBlockHeads
+from models.drafters.medusa import Heads
+from models.drafters.resblock import Accuracies
 from models.tree import Choice, best_static_choices, expected_tau
 
 NUM_RANKS = 20
@@ -44,14 +45,14 @@ class Text:
 
 
 @torch.inference_mode()
-def rank_text(heads: ResBlockHeads, hidden: Tensor, tokens: NDArray[np.int64], counts: NDArray[np.bool_]) -> list[Text]:
+def rank_text(heads: Heads, hidden: Tensor, tokens: NDArray[np.int64], counts: NDArray[np.bool_]) -> list[Text]:
     """Ranks of the right tokens in every answer (run of counted tokens) of one example.
 
     hidden: [positions, hidden], tokens and counts: [positions]. The first draft of an answer is made from the last
     position before it.
     """
     texts = []
-    for begin, end in _runs(counts):
+    for begin, end in runs(counts):
         first = max(begin - 1, 0)
         ranks = min(NUM_RANKS, len(heads.token_ids))
         wanted, known = _shifted(tokens[:end], first, heads.num_heads)
@@ -69,7 +70,7 @@ def _shifted(tokens: NDArray[np.int64], first: int, num_heads: int) -> tuple[NDA
     return tokens[np.minimum(there, len(tokens) - 1)], known
 
 
-def _runs(counts: NDArray[np.bool_]) -> list[tuple[int, int]]:
+def runs(counts: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """[begin, end) of each run of counted tokens that is long enough to draft for."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], counts, [False])).astype(np.int8)))
     return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2) if end - max(begin - 1, 0) >= 2]

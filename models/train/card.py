@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.drafters.resblock import Accuracies, ResBlockHeads
-from models.train.acceptance import Tau, Text
+from models.drafters.sequential import SequentialHeads
+from models.train.acceptance import Tau, Text, measure_accuracies
 
 _CARD = """\
 ---
@@ -17,9 +18,8 @@ tags: [medusa, speculative-decoding]
 
 # Medusa heads for {name}
 
-{num_heads} heads with {num_layers} residual block(s) each, {parameters:.1f} M parameters, on the frozen LM head of
-the base model, cut to its {draft_vocab} most expected tokens (`token_map`). Head k guesses the token k + 1 places after
-the hidden state that it sees. Serve them with `medusa-serve serve MODEL --heads DIR`.
+{description} {parameters:.1f} M parameters, on the frozen LM head of the base model, cut to its {draft_vocab} most
+expected tokens (`token_map`). Serve them with `medusa-serve serve MODEL --heads DIR`.
 
 ## How they were made
 
@@ -48,9 +48,9 @@ def model_card(
     name: str,
     command: str,
     device: str,
-    heads: ResBlockHeads,
+    description: str,
+    heads: ResBlockHeads | SequentialHeads,
     texts: Sequence[Text],
-    accuracies: Accuracies,
     taus: Sequence[Tau],
     facts: Mapping[str, Any],
 ) -> str:
@@ -59,29 +59,28 @@ def model_card(
         name=name,
         command=command,
         device=device,
-        num_heads=heads.num_heads,
-        num_layers=heads.num_layers,
+        description=description,
         parameters=sum(parameter.numel() for parameter in heads.parameters()) / 1e6,
         draft_vocab=len(heads.token_ids),
         answers=len(texts),
         held_out=sum(len(text.ranks) for text in texts),
-        accuracies=_accuracy_table(accuracies),
-        taus=_tau_table(taus),
+        accuracies=accuracy_table(measure_accuracies(texts)),
+        taus=tau_table(taus),
         **facts,
     )
 
 
-def _accuracy_table(accuracies: Accuracies) -> str:
+def accuracy_table(accuracies: Accuracies) -> str:
     ranks = (1, 2, 3, 5, 10)
     rows = [[str(head), *(f"{sum(shares[:k]):.3f}" for k in ranks)] for head, shares in enumerate(accuracies, start=1)]
-    return _table(["head", *(f"top {k}" for k in ranks)], rows)
+    return markdown_table(["head", *(f"top {k}" for k in ranks)], rows)
 
 
-def _tau_table(taus: Sequence[Tau]) -> str:
+def tau_table(taus: Sequence[Tau]) -> str:
     rows = [[str(t.nodes), f"{t.measured:.3f} ± {t.error:.3f}", f"{t.independent:.3f}"] for t in taus]
-    return _table(["nodes", "measured", "independent"], rows)
+    return markdown_table(["nodes", "measured", "independent"], rows)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -15,10 +15,11 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -26,8 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.drafters.resblock import ResBlockHeads
+from models.drafters.sequential import SequentialHeads
 from models.errors import UsageError
 from models.train.trunk import TrunkCache
+
+H = TypeVar("H", ResBlockHeads, SequentialHeads)
 
 
 class ResumeError(UsageError):
@@ -96,17 +100,17 @@ def soft_cross_entropy(states: Tensor, lm_head: Tensor, ids: Tensor, probs: Tens
     return loss, (q @ lm_head).to(states.dtype)
 
 
-class Distiller:
+class Distiller(ABC, Generic[H]):
     """Trains `heads` in place on the examples of `cache` that `training` (a mask over examples) selects."""
 
-    def __init__(self, heads: ResBlockHeads, cache: TrunkCache, training: NDArray[np.bool_], recipe: Recipe) -> None:
-        self.heads = heads
+    def __init__(self, heads: H, cache: TrunkCache, training: NDArray[np.bool_], recipe: Recipe) -> None:
+        self.heads: H = heads
         self.recipe = recipe
         self.position = Position()
         self.history = History()
         self.best: dict[str, Tensor] = {}
         self._cache = cache
-        self._device = heads.weight.device
+        self._device = heads.token_ids.device
         self._example = np.repeat(np.arange(len(cache.starts) - 1), np.diff(cache.starts))  # [positions]
         self._teachable = teachable(cache)
         self._positions = np.flatnonzero(self._useful() & training[self._example])
@@ -117,10 +121,6 @@ class Distiller:
     @property
     def num_positions(self) -> int:
         return len(self._positions)
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return math.ceil(len(self._positions) / self.recipe.batch_size)
 
     @property
     def finished(self) -> bool:
@@ -148,42 +148,24 @@ class Distiller:
         self._loss_sum = 0.0
         self.position = Position(self.position.epoch + 1, 0)
 
+    @property
+    @abstractmethod
+    def batches_per_epoch(self) -> int:
+        """Batches of the epoch at `position`."""
+
+    @abstractmethod
     def _batches(self) -> Iterator[NDArray[np.int64]]:
-        order = np.random.default_rng((self.recipe.seed, self.position.epoch)).permutation(self._positions)
-        size = self.recipe.batch_size
-        for number in range(self.position.batch, self.batches_per_epoch):
-            yield np.sort(order[number * size : (number + 1) * size])
+        """Those of the epoch that are left, a function of (seed, epoch)."""
 
+    @abstractmethod
     def _step(self, batch: NDArray[np.int64]) -> float:
-        self._set_learning_rate()
-        hidden = torch.from_numpy(self._cache.hidden[batch]).to(self._device, self.heads.weight.dtype)
-        states = self.heads.states(hidden)  # [heads, batch, hidden]
-        gradient = torch.zeros_like(states)
-        total = 0.0
-        for head in range(self.heads.num_heads):
-            rows, ids, probs = self._teacher(batch, head + 1)
-            weight = self.recipe.head_decay ** (head + 1) / max(len(rows), 1)
-            loss, by_state = soft_cross_entropy(states[head, rows].detach(), self.heads.lm_head, ids, probs)
-            gradient[head, rows] = by_state * weight
-            total += float(loss) * weight
-        self._optimizer.zero_grad()
-        torch.autograd.backward(states, gradient)
-        torch.nn.utils.clip_grad_norm_(self.heads.parameters(), 1.0)
-        self._optimizer.step()
-        return total
+        """Learn from one batch; the loss."""
 
-    def _teacher(self, batch: NDArray[np.int64], ahead: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Batch rows that have a teacher `ahead` positions on, and its draft indices and probabilities there."""
-        there = np.minimum(batch + ahead, len(self._example) - 1)
-        known = self._teachable[there] & (self._example[there] == self._example[batch]) & (there == batch + ahead)
-        there = there[known]
-        ids = self._draft_index[self._cache.teacher_ids[there]]
-        probs = np.where(ids >= 0, self._cache.teacher_probs[there].astype(np.float32), 0.0)
-        return (
-            torch.from_numpy(np.flatnonzero(known)).to(self._device),
-            torch.from_numpy(np.maximum(ids, 0)).to(self._device),
-            torch.from_numpy(probs).to(self._device),
-        )
+    def _teacher_at(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """What the model says at these positions: draft indices and probabilities, [positions, ranks] each."""
+        ids = self._draft_index[self._cache.teacher_ids[positions]]
+        probs = np.where(ids >= 0, self._cache.teacher_probs[positions].astype(np.float32), 0.0)
+        return torch.from_numpy(np.maximum(ids, 0)).to(self._device), torch.from_numpy(probs).to(self._device)
 
     def _useful(self) -> NDArray[np.bool_]:
         """Positions from which at least one head has something to guess."""
@@ -194,10 +176,11 @@ class Distiller:
 
     def _set_learning_rate(self) -> None:
         """Cosine to zero after a warm-up of 2 % of all batches."""
-        total = self.recipe.epochs * self.batches_per_epoch
-        done = self.position.epoch * self.batches_per_epoch + self.position.batch
+        per_epoch = self.batches_per_epoch
+        total = self.recipe.epochs * per_epoch
+        done = self.position.epoch * per_epoch + self.position.batch
         warm = min(1.0, (done + 1) / max(1, total // 50))
-        rate = self.recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * done / total))
+        rate = self.recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done / total)))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
 
@@ -242,7 +225,45 @@ class Distiller:
         """Of what decides the result: settings, shapes, draft vocabulary, text, what counts, what the model says."""
         tensors = [(name, value.shape, value.dtype) for name, value in self.heads.state_dict().items()]
         digest = hashlib.blake2b(repr((self.recipe, self.heads.lm_head.dtype, tensors)).encode(), digest_size=16)
-        chosen = (self.heads.token_ids.cpu().numpy(), self._positions, self._teachable)
-        for array in (*chosen, self._cache.starts, self._cache.tokens, self._cache.teacher_ids[:, 0]):
+        decisive: tuple[NDArray[Any], ...] = (self.heads.token_ids.cpu().numpy(), self._positions, self._teachable)
+        for array in (*decisive, self._cache.starts, self._cache.tokens, self._cache.teacher_ids[:, 0]):
             digest.update(f"{array.shape}".encode() + array.tobytes())
         return digest.hexdigest()
+
+
+class ResBlockDistiller(Distiller[ResBlockHeads]):
+    """Batches are positions, whatever text they are from."""
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return math.ceil(len(self._positions) / self.recipe.batch_size)
+
+    def _batches(self) -> Iterator[NDArray[np.int64]]:
+        order = np.random.default_rng((self.recipe.seed, self.position.epoch)).permutation(self._positions)
+        size = self.recipe.batch_size
+        for number in range(self.position.batch, self.batches_per_epoch):
+            yield np.sort(order[number * size : (number + 1) * size])
+
+    def _step(self, batch: NDArray[np.int64]) -> float:
+        self._set_learning_rate()
+        hidden = torch.from_numpy(self._cache.hidden[batch]).to(self._device, self.heads.weight.dtype)
+        states = self.heads.states(hidden)  # [heads, batch, hidden]
+        gradient = torch.zeros_like(states)
+        total = 0.0
+        for head in range(self.heads.num_heads):
+            rows, ids, probs = self._teacher(batch, head + 1)
+            weight = self.recipe.head_decay ** (head + 1) / max(len(rows), 1)
+            loss, by_state = soft_cross_entropy(states[head, rows].detach(), self.heads.lm_head, ids, probs)
+            gradient[head, rows] = by_state * weight
+            total += float(loss) * weight
+        self._optimizer.zero_grad()
+        torch.autograd.backward(states, gradient)
+        torch.nn.utils.clip_grad_norm_(self.heads.parameters(), 1.0)
+        self._optimizer.step()
+        return total
+
+    def _teacher(self, batch: NDArray[np.int64], ahead: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Batch rows that have a teacher `ahead` positions on, and its draft indices and probabilities there."""
+        there = np.minimum(batch + ahead, len(self._example) - 1)
+        known = self._teachable[there] & (self._example[there] == self._example[batch]) & (there == batch + ahead)
+        return torch.from_numpy(np.flatnonzero(known)).to(self._device), *self._teacher_at(there[known])

@@ -18,11 +18,13 @@ from rich.progress import track
 from rich.table import Table
 
 from models.checkpoint import load_heads
-from models.drafters.resblock import DEFAULT_ACCURACIES, Accuracies, ResBlockHeads
+from models.drafters.resblock import DEFAULT_ACCURACIES, Accuracies
+from models.sequential_checkpoint import build_sequential, is_sequential, read_sequential
 from models.source import resolve
-from models.train.acceptance import Tau, Text, measure_accuracies, rank_text, tau_by_nodes
+from models.train.acceptance import Tau, Text, measure_accuracies, tau_by_nodes
 from models.train.command import run
 from models.train.data import DataError, Example, encode_rows, read_rows
+from models.train.designs import AnyHeads, rank
 from models.train.trunk import check_device, forward_with_hidden, load_trunk
 
 VALIDATION_FRACTION = 0.06
@@ -60,7 +62,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     check_device(options.device)
     rows = read_rows(options.data)
     model, tokenizer = load_trunk(resolve(options.model), torch.float32, options.device)
-    heads = load_heads(options.heads, model.get_output_embeddings())
+    heads = _load_heads(options.heads, model)
     examples = encode_rows(rows, tokenizer, validation_fraction=options.validation_fraction)
     texts: list[Text] = []
     own: list[NDArray[np.bool_]] = []
@@ -77,14 +79,22 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     console.print(_tau_table(tau_by_nodes(texts, heads.accuracies or DEFAULT_ACCURACIES[: heads.num_heads])))
 
 
+def _load_heads(path: Path, model: Any) -> AnyHeads:
+    """Heads of any design. Raises CheckpointError."""
+    lm_head = model.get_output_embeddings()
+    if is_sequential(path):
+        return build_sequential(read_sequential(path), model.get_input_embeddings().weight, lm_head.weight)
+    return load_heads(path, lm_head)
+
+
 @torch.inference_mode()
-def rank_example(model: Any, heads: ResBlockHeads, example: Example) -> tuple[list[Text], NDArray[np.bool_]]:
+def rank_example(model: Any, heads: AnyHeads, example: Example) -> tuple[list[Text], NDArray[np.bool_]]:
     """Ranks of one example, and of each counted token whether it is the model's own greedy choice."""
     tokens, counts = np.array(example.tokens), np.array(example.counts)
     hidden, logits = forward_with_hidden(model, torch.from_numpy(tokens)[None].to(model.device))
     greedy = logits[0].argmax(-1).cpu().numpy()
     agreed = (greedy[:-1] == tokens[1:])[counts[1:]]
-    return rank_text(heads, hidden[0], tokens, counts), agreed
+    return rank(heads, hidden[0], tokens, counts), agreed
 
 
 def _accuracy_table(accuracies: Accuracies) -> Table:

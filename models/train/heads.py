@@ -24,21 +24,21 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from models.checkpoint import save_heads
-from models.drafters.resblock import ResBlockHeads
 from models.source import resolve
-from models.train.acceptance import Text, measure_accuracies, rank_text, tau_by_nodes
+from models.train.acceptance import Text, measure_accuracies, tau_by_nodes
 from models.train.card import model_card
 from models.train.command import positive, run
 from models.train.data import DataError, encode_rows, read_rows
+from models.train.designs import DESIGNS, AnyHeads, rank
 from models.train.distill import Distiller, Recipe, draft_vocabulary, teachable
 from models.train.evaluate import VALIDATION_FRACTION, held_out
-from models.train.trunk import TrunkCache, build_cache, check_device, end_tokens, load_trunk
+from models.train.trunk import Frozen, TrunkCache, build_cache, check_device, load_frozen
 from models.tree import best_static_choices, expected_tau
 
 _SCORED_NODES = 8
+MAX_LENGTH = 1024  # tokens of one example; longer texts are cut
 _SETTINGS = (
-    *("name", "num_heads", "num_layers", "draft_vocab", "epochs", "batch_size", "lr", "seed"),
+    *("name", "design", "quantization", "num_heads", "num_layers", "draft_vocab", "epochs", "batch_size", "lr", "seed"),
     *("validation_fraction", "all_positions", "dtype"),
 )
 _SECONDS_BETWEEN_SAVES = 120.0
@@ -50,7 +50,6 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    recipe = Recipe()
     parser = argparse.ArgumentParser(
         prog="medusa-serve train heads", description="Train Medusa heads for a frozen model on text, best its own."
     )
@@ -59,16 +58,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for the heads")
     parser.add_argument("--work", type=Path, help="folder for the trunk's cached states (default: OUTPUT.work)")
     parser.add_argument("--name", help="what to call the base model in the card (default: MODEL)")
-    parser.add_argument("--num-heads", type=positive, default=4)
+    parser.add_argument(
+        "--design", choices=DESIGNS, default="sequential", help="one recursive layer, or Medusa's residual blocks"
+    )
+    parser.add_argument("--num-heads", type=positive, default=4, help="tokens guessed ahead")
     parser.add_argument("--num-layers", type=positive, default=1, help="residual blocks per head")
     parser.add_argument("--draft-vocab", type=int, default=8192, help="tokens that heads can guess; 0 is all")
-    parser.add_argument("--epochs", type=positive, default=recipe.epochs)
-    parser.add_argument("--batch-size", type=positive, default=recipe.batch_size, help="positions per step")
-    parser.add_argument("--lr", type=float, default=recipe.lr)
-    parser.add_argument("--seed", type=int, default=recipe.seed)
+    parser.add_argument("--epochs", type=positive, help="by default what suits the design, as the next two")
+    parser.add_argument("--batch-size", type=positive, help="positions per step")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validation-fraction", type=float, default=VALIDATION_FRACTION)
     parser.add_argument("--all-positions", action="store_true", help="learn from what users and system wrote, too")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of trunk and LM head")
+    parser.add_argument(
+        "--quantization", choices=("int8", "none"), default="none", help="int8: learn from the model as a CPU serves it"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     return parser
@@ -76,53 +81,66 @@ def _parser() -> argparse.ArgumentParser:
 
 def train(options: argparse.Namespace, console: Console) -> None:
     """Everything from text to folder; `options` as parsed above. What can be refused without the model, is."""
-    check_device(options.device)
+    _check(options)
     rows = read_rows(options.data)
     work = options.work or Path(f"{options.output.resolve()}.work")
     for folder in (options.output, work):
         folder.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_trunk(resolve(options.model), getattr(torch, options.dtype), options.device)
-    examples = encode_rows(rows, tokenizer, validation_fraction=options.validation_fraction)
+    frozen = _load(options)
+    examples = encode_rows(
+        rows, frozen.tokenizer, validation_fraction=options.validation_fraction, max_length=MAX_LENGTH
+    )
     judged = held_out(examples)
     if not any(any(example.counts[2:]) for example in examples if not example.held_out):
         raise DataError("No text is left to learn from; give more, or a smaller --validation-fraction.")
     with _progress(console) as progress:
-        cache = build_cache(model, examples, work / "trunk", progress=_bar(progress, "Running the trunk"))
+        cache = build_cache(frozen.trunk, examples, work / "trunk", progress=_bar(progress, "Running the trunk"))
     training = np.array([not example.held_out for example in examples])
-    heads = _new_heads(model, tokenizer, cache, training, options)
-    vocab_size = len(model.get_output_embeddings().weight)
-    del model
+    heads = _new_heads(frozen, cache, training, options)
+    vocab_size = len(frozen.lm_head)
+    del frozen
 
-    recipe = Recipe(epochs=options.epochs, batch_size=options.batch_size, lr=options.lr, seed=options.seed)
     learned = replace(cache, counts=np.ones_like(cache.counts)) if options.all_positions else cache
-    distiller = Distiller(heads, learned, training, recipe)
+    distiller = DESIGNS[options.design].distiller(heads, learned, training, _recipe(options))
     _run(distiller, work / "state.pt", lambda: _score(_rank(heads, cache, judged)), options.resume, console)
     texts = _rank(heads, cache, judged)
     _write(options, distiller, texts, vocab_size, own=_own_share(cache, judged))
     console.print(f"Heads written to {options.output}")
 
 
-def _new_heads(
-    model: Any, tokenizer: Any, cache: TrunkCache, training: NDArray[np.bool_], options: argparse.Namespace
-) -> ResBlockHeads:
-    """Zero heads in float32 over the frozen LM head's rows of the draft vocabulary, those in the trunk's dtype."""
-    lm_head = model.get_output_embeddings().weight.detach()
+def _check(options: argparse.Namespace) -> None:
+    """Raise DataError or TrunkError for options that make no sense together or here."""
+    if options.design == "sequential" and options.num_layers != 1:
+        raise DataError("--num-layers is for --design resblock: a sequential drafter has one layer.")
+    if options.quantization == "int8" and options.device != "cpu":
+        raise DataError("--quantization int8 is for --device cpu: leave one of them out.")
+    check_device(options.device)
+
+
+def _load(options: argparse.Namespace) -> Frozen:
+    path, dtype, is_int8 = resolve(options.model), getattr(torch, options.dtype), options.quantization == "int8"
+    return load_frozen(path, dtype, options.device, is_int8=is_int8, max_length=MAX_LENGTH)
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    chosen = {key: getattr(options, key) for key in ("epochs", "batch_size", "lr") if getattr(options, key) is not None}
+    return replace(DESIGNS[options.design].recipe, seed=options.seed, **chosen)
+
+
+def _new_heads(frozen: Frozen, cache: TrunkCache, training: NDArray[np.bool_], options: argparse.Namespace) -> AnyHeads:
     positions = teachable(cache) & np.repeat(training, np.diff(cache.starts))
-    token_ids = draft_vocabulary(cache, positions, len(lm_head), options.draft_vocab, end_tokens(model, tokenizer))
-    rows = lm_head[token_ids.to(lm_head.device)]
-    heads = ResBlockHeads(rows, num_heads=options.num_heads, num_layers=options.num_layers, token_ids=token_ids)
-    for parameter in heads.parameters():
-        parameter.data = parameter.data.float()
-    return heads
+    token_ids = draft_vocabulary(cache, positions, len(frozen.lm_head), options.draft_vocab, frozen.ends)
+    torch.manual_seed(options.seed)
+    return DESIGNS[options.design].new(frozen, token_ids, options.num_heads, options.num_layers)
 
 
-def _rank(heads: ResBlockHeads, cache: TrunkCache, judged: Sequence[int]) -> list[Text]:
+def _rank(heads: AnyHeads, cache: TrunkCache, judged: Sequence[int]) -> list[Text]:
     """Ranks of the held-out examples' tokens."""
     texts = []
     for example in judged:
         here = slice(int(cache.starts[example]), int(cache.starts[example + 1]))
-        hidden = torch.from_numpy(cache.hidden[here]).to(heads.weight)
-        texts += rank_text(heads, hidden, cache.tokens[here], cache.counts[here])
+        hidden = torch.from_numpy(cache.hidden[here]).to(heads.token_ids.device, torch.float32)
+        texts += rank(heads, hidden, cache.tokens[here], cache.counts[here])
     return texts
 
 
@@ -142,7 +160,7 @@ def _score(texts: Sequence[Text]) -> float:
     return expected_tau(accuracies, best_static_choices(accuracies, _SCORED_NODES))
 
 
-def _run(distiller: Distiller, state: Path, score: Callable[[], float], resume: bool, console: Console) -> None:
+def _run(distiller: Distiller[Any], state: Path, score: Callable[[], float], resume: bool, console: Console) -> None:
     """Train to the end, saving at each epoch, every few minutes and when asked to stop."""
     if resume and state.exists():
         distiller.load(state)
@@ -178,15 +196,15 @@ def _stop_requests() -> Iterator[list[int]]:
 
 
 def _write(
-    options: argparse.Namespace, distiller: Distiller, texts: Sequence[Text], vocab_size: int, own: float
+    options: argparse.Namespace, distiller: Distiller[Any], texts: Sequence[Text], vocab_size: int, own: float
 ) -> None:
-    heads = distiller.heads
+    heads, design = distiller.heads, DESIGNS[options.design]
     heads.accuracies = measure_accuracies(texts)
     facts = {
         **asdict(distiller.recipe),
         "positions": distiller.num_positions,
         "all_positions": options.all_positions,
-        "trunk_dtype": options.dtype,
+        "trunk_dtype": "int8" if options.quantization == "int8" else options.dtype,
         "validation_fraction": options.validation_fraction,
         "best_epoch": 1 + int(np.argmax(distiller.history.scores)),
         "held_out_own_share": round(own, 4),
@@ -195,8 +213,10 @@ def _write(
     }
     name = options.name or options.model
     taus = tau_by_nodes(texts, heads.accuracies)
-    card = model_card(name, _command(options), _machine(options.device), heads, texts, heads.accuracies, taus, facts)
-    save_heads(options.output, heads, base_model=name, vocab_size=vocab_size, card=card, facts=facts)
+    card = model_card(
+        name, _command(options), _machine(options.device), design.describe(heads), heads, texts, taus, facts
+    )
+    design.save(options.output, heads, base_model=name, vocab_size=vocab_size, card=card, facts=facts)
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -206,7 +226,7 @@ def _command(options: argparse.Namespace) -> str:
     defaults = vars(_parser().parse_args(["x", "--data", "x", "--output", "x"]))
     for key in _SETTINGS:
         value = getattr(options, key)
-        if value != defaults[key]:
+        if value is not None and value != defaults[key]:
             words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
     return shlex.join(words)
 

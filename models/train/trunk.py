@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from models.backbone import Backbone
+from models.batch import Segment, build_batch
 from models.errors import UsageError
+from models.kv_pool import KVPool
 from models.train.data import Example
 
 TEACHER_RANKS = 64
@@ -47,8 +50,61 @@ class TrunkCache:
     teacher_ids: NDArray[np.int32]  # [positions, ranks] likeliest next tokens, best first
     teacher_probs: NDArray[np.float16]  # [positions, ranks]
 
+    def put(self, start: int, hidden: Tensor, logits: Tensor) -> None:
+        """Keep the states [n, hidden] and logits [n, vocab] of the positions from `start` on."""
+        here = slice(start, start + len(hidden))
+        best = logits.topk(self.teacher_ids.shape[1], dim=-1)
+        totals = torch.cat([part.logsumexp(-1) for part in torch.split(logits, 64)])  # few at a time stay in the cache
+        self.hidden[here] = hidden.to(torch.float16).cpu().numpy()
+        self.teacher_ids[here] = best.indices.to(torch.int32).cpu().numpy()
+        self.teacher_probs[here] = (best.values - totals[:, None]).exp().to(torch.float16).cpu().numpy()
 
-def load_trunk(path: Path, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+
+class ServedTrunk:
+    """A model as a CPU serves it: int8 weights, whose states differ a little from those in float32."""
+
+    def __init__(self, path: Path, max_length: int) -> None:
+        """Raises BackboneError and KernelError. No sequence may be longer than `max_length`."""
+        self.backbone = Backbone.load(path, dtype=torch.float32, device=torch.device("cpu"))
+        self.backbone.quantize()
+        shapes, dtype = self.backbone.kv_shapes, self.backbone.kv_dtype
+        self._pool = KVPool(shapes, max_length, dtype=dtype, device="cpu")
+
+    def run(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """States that enter the output embedding and logits: [n, hidden], [n, vocab]."""
+        rows = torch.arange(len(tokens))
+        alone = Segment(len(tokens), torch.empty(0, dtype=torch.int64), len(tokens), ())
+        batch = build_batch([alone], rows, rows + 1, "cpu")
+        logits, hidden = self.backbone.forward(torch.tensor(tokens), batch, self._pool, rows)
+        return hidden, logits
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A model that heads are trained for, and what they take from it."""
+
+    trunk: Any  # what `build_cache` runs: transformers' model, or a ServedTrunk
+    tokenizer: Any
+    config: Any
+    embedding: Tensor  # [vocab, hidden]
+    lm_head: Tensor  # [vocab, hidden]
+    ends: list[int]  # token ids that end a text
+
+
+def load_frozen(path: Path, dtype: torch.dtype, device: str, *, is_int8: bool, max_length: int) -> Frozen:
+    """Load the model; with `is_int8` as a CPU serves it. Raises TrunkError, BackboneError and KernelError."""
+    model, tokenizer = load_trunk(path, dtype, device)
+    return Frozen(
+        ServedTrunk(path, max_length) if is_int8 else model,
+        tokenizer,
+        model.config.get_text_config(decoder=True),
+        model.get_input_embeddings().weight.detach(),
+        model.get_output_embeddings().weight.detach(),
+        end_tokens(model, tokenizer),
+    )
+
+
+def load_trunk(path: Path, dtype: torch.dtype | Literal["auto"], device: str) -> tuple[Any, Any]:
     """The model, frozen, and its tokenizer. Raises TrunkError."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what matters of its loading report is raised
@@ -95,34 +151,30 @@ def build_cache(
     """
     folder = folder / _digest(model, examples)
     folder.mkdir(parents=True, exist_ok=True)
-    cache = _open(folder, examples, *model.get_output_embeddings().weight.shape)
+    cache = _open(folder, examples, *_lm_head(model).shape)
     done_file = folder / "batches_done"
     done = int(done_file.read_text()) if done_file.exists() else 0
     batches = _batches(examples)
     total, finished = len(cache.tokens), 0
-    device = next(model.parameters()).device
     for number, batch in enumerate(batches):
         if number >= done:
-            _run_batch(model, [examples[i].tokens for i in batch], [int(cache.starts[i]) for i in batch], cache, device)
+            _run_batch(model, [examples[i].tokens for i in batch], [int(cache.starts[i]) for i in batch], cache)
             done_file.write_text(str(number + 1))
         finished += sum(len(examples[i].tokens) for i in batch)
         progress(finished, total)
     return cache
 
 
-def _run_batch(
-    model: Any, sequences: Sequence[Sequence[int]], starts: Sequence[int], cache: TrunkCache, device: torch.device
-) -> None:
+def _run_batch(model: Any, sequences: Sequence[Sequence[int]], starts: Sequence[int], cache: TrunkCache) -> None:
+    if isinstance(model, ServedTrunk):
+        for sequence, start in zip(sequences, starts, strict=True):
+            cache.put(start, *model.run(sequence))
+        return
     width = max(map(len, sequences))
-    padded = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=device)  # [batch, width]
+    padded = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=model.device)  # [batch, width]
     hidden, logits = forward_with_hidden(model, padded)
     for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
-        here = slice(start, start + len(sequence))
-        probs = logits[row, : len(sequence)].float().softmax(-1)
-        best = probs.topk(cache.teacher_ids.shape[1], dim=-1)
-        cache.hidden[here] = hidden[row, : len(sequence)].to(torch.float16).cpu().numpy()
-        cache.teacher_ids[here] = best.indices.to(torch.int32).cpu().numpy()
-        cache.teacher_probs[here] = best.values.to(torch.float16).cpu().numpy()
+        cache.put(start, hidden[row, : len(sequence)], logits[row, : len(sequence)].float())
 
 
 def forward_with_hidden(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,10 +206,19 @@ def _batches(examples: Sequence[Example]) -> list[list[int]]:
     return batches
 
 
+def _lm_head(model: Any) -> Tensor:
+    """[vocab, hidden]"""
+    head: Tensor = (
+        model.backbone.lm_head_weight if isinstance(model, ServedTrunk) else model.get_output_embeddings().weight
+    )
+    return head
+
+
 def _digest(model: Any, examples: Sequence[Example]) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(repr((sorted(model.config.to_dict().items(), key=str), str(model.dtype))).encode())
-    digest.update(model.get_output_embeddings().weight[:64].float().cpu().numpy().tobytes())
+    kind, config = ("int8", model.backbone.config) if isinstance(model, ServedTrunk) else (model.dtype, model.config)
+    digest.update(repr((sorted(config.to_dict().items(), key=str), str(kind))).encode())
+    digest.update(_lm_head(model)[:64].float().cpu().numpy().tobytes())
     for example in examples:
         digest.update(np.array(example.tokens, dtype=np.int64).tobytes() + b"|")
     return digest.hexdigest()

@@ -126,8 +126,8 @@ class Engine:
         now = self._clock()
         self._left_at = now if self.has_work else None
         self._ran_at = self._ran_at if self.has_work else None
-        stats = self._stats(
-            works,
+        stats = replace(
+            self._stats(works),
             step_seconds=now - started,
             model_seconds=trees.draft_seconds + self._run_seconds,
             draft_seconds=trees.draft_seconds,
@@ -165,9 +165,9 @@ class Engine:
         taken = now - (started if self._ran_at is None else self._ran_at)  # from one forward pass to the next
         self._ran_at = now
         load, cost = trees.load, self.cost
-        features = load.features + trees.node_features
+        features = [a + b for a, b in zip(load.features, trees.node_features, strict=True)]
         num_rows = load.num_rows + trees.num_nodes
-        nodes = float(cost.run_seconds(num_rows, features) - cost.run_seconds(load.num_rows, load.features))
+        nodes = cost.run_seconds(num_rows, features) - cost.run_seconds(load.num_rows, load.features)
         plain = self._meter.plain(load, taken, nodes + trees.draft_seconds, is_control=trees.is_control)
         if load.is_pure and load.num_decoding:
             cost.learn_run(num_rows, features, self._run_seconds)
@@ -271,7 +271,8 @@ class Engine:
         self.runner.forget(request)
         return replace(delta, finish=finish, stats=request.stats(self._clock()))
 
-    def _stats(self, works: Sequence[Work], **seconds: float) -> StepStats:
+    def _stats(self, works: Sequence[Work]) -> StepStats:
+        """Counts of this step."""
         scheduler = self.scheduler
         drafts = [work for work in works if work.node_tokens]
         accepted = [len(work.accepted) for work in drafts]
@@ -294,7 +295,6 @@ class Engine:
             accepted_by_source=tuple([accepted_from[source] for source in DRAFT_SOURCES]),
             prefix_cache_queries=scheduler.prefix_queries,
             prefix_cache_hits=scheduler.prefix_hits,
-            **seconds,
         )
 
 

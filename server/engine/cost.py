@@ -8,83 +8,115 @@ Invariants:
 - no single step moves an estimate by more than a few percent: what is learned is the clipped logarithm of measured over
   expected, so a hiccup weighs as much as any step that took a little longer, and estimates settle near the median;
 - more rows never cost less;
-- pure numpy: no torch, no clock.
+- no torch, no clock; plain numbers, since steps may be as short as ten calls of numpy.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log
-from typing import Any, Final
+from math import exp, log
+from operator import mul
+from typing import Final
 
 import numpy as np
 
 from server.engine.messages import CurvePoint
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
+Features = Sequence[float]  # in the order of FEATURES
 
 ROWS: Final = (*range(1, 13), 16, 17, 20, 24, 32, 33, 40, 48, 64, 65, 96, 128, 192, 256, 384, 512)
 REQUESTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+USUAL_KEYS: Final = 256  # that a row looks at; `keys` are those beyond, and may be below 0
 FEATURES: Final = ("keys", "requests", "sampled rows", "constrained rows")  # of all rows together
-FIRST_EXTRAS: Final = (1e-8, 2e-5, 5e-5, 5e-5)  # seconds each, until measured
+LEAST_SHARE: Final = 0.1
+FIRST_EXTRAS: Final = (1e-9, 2e-5, 5e-5, 5e-5)  # seconds each, until measured
 MOST: Final = 0.3  # of the logarithm of measured over expected; what is beyond is an outlier
-RATE: Final = 0.1  # of a knot, with each step at it
+RATE: Final = 0.01  # of a knot, with each step at it: nodes are chosen by differences of a few percent
 LEVEL_RATE: Final = 0.02  # of the whole curve: a machine that is slower today is slower everywhere
+EXTRA_RATE: Final = 0.02
+MEASURED: Final = 20.0  # steps that a measurement at the start counts for
 
 
 class Curve:
     """Seconds over a number, linear between knots and beyond the last. Unknown until the first measurement."""
 
     def __init__(self, knots: Sequence[int]) -> None:
-        self.knots: Floats = np.array(knots, dtype=np.float64)
-        self._seconds: Floats = np.zeros(len(knots))
-        self._count: Floats = np.zeros(len(knots))  # measurements, by knot
+        self._knots = [float(knot) for knot in knots]
+        self._seconds = [0.0] * len(knots)  # as measured; `_line` is what is believed
+        self._counts = [0.0] * len(knots)  # measurements, by knot
+        self._line: list[float] | None = None
+        self.is_known = False
 
-    @property
-    def is_known(self) -> bool:
-        return bool(self._seconds.any())
+    def seconds(self, x: float) -> float:
+        """Seconds at `x`; 0 while nothing was measured."""
+        line, knots = self._believed(), self._knots
+        right = min(max(bisect_left(knots, x), 1), len(knots) - 1)
+        share = (x - knots[right - 1]) / (knots[right] - knots[right - 1])
+        return line[right - 1] + max(share, 0.0) * (line[right] - line[right - 1])
 
-    def at(self, x: Floats | float) -> Floats:
-        """Seconds at each `x`; 0 while nothing was measured."""
-        seconds = np.maximum.accumulate(self._seconds)
-        slope = max(seconds[-1] - seconds[-2], 0.0) / (self.knots[-1] - self.knots[-2])
-        found: Floats = np.interp(x, self.knots, seconds) + np.maximum(np.asarray(x) - self.knots[-1], 0.0) * slope
-        return found
+    def line(self, start: int, count: int) -> list[float]:
+        """Seconds at `start`, `start + 1`, ..., `start + count`."""
+        if start + count > self._knots[-1]:
+            return [self.seconds(start + i) for i in range(count + 1)]
+        line: list[float] = np.interp(np.arange(start, start + count + 1), self._knots, self._believed()).tolist()
+        return line
 
     def measure(self, points: Sequence[tuple[int, float]]) -> None:
-        """Take measurements for true; knots between them lie on straight lines."""
-        xs, ys = zip(*sorted(points), strict=True)
-        self._seconds = np.interp(self.knots, xs, ys)
-        if len(xs) > 1:  # beyond them the last measured slope, from the first point on: single slopes are noise
-            slope = max(ys[-1] - ys[0], 0.0) / (xs[-1] - xs[0])
-            self._seconds += np.maximum(self.knots - xs[-1], 0.0) * slope
-        self._count[np.isin(self.knots, xs)] = 1 / RATE
+        """Take measurements for true; knots between them lie on straight lines, and beyond them on the last slope."""
+        known = sorted(points)
+        (first, low), (last, high) = known[0], known[-1]
+        slope = max(high - low, 0.0) / (last - first) if last > first else 0.0  # over all: single slopes are noise
+        within = np.interp(self._knots, [x for x, _ in known], [y for _, y in known]).tolist()
+        self._seconds = [y + max(knot - last, 0.0) * slope for knot, y in zip(self._knots, within, strict=True)]
+        measured = {float(x) for x, _ in known}
+        self._counts = [MEASURED if knot in measured else 0.0 for knot in self._knots]
+        self._line, self.is_known = None, any(self._seconds)
 
     def learn(self, x: float, surprise: float) -> None:
         """Move towards what was measured at `x`; `surprise` is the clipped logarithm of measured over expected."""
-        right = min(int(np.searchsorted(self.knots, x)), len(self.knots) - 1)
+        right = min(bisect_left(self._knots, x), len(self._knots) - 1)
         left = max(right - 1, 0)
-        width = self.knots[right] - self.knots[left]
-        share = min(max((x - self.knots[left]) / width, 0.0), 1.0) if width else 1.0
-        self._seconds *= np.exp(LEVEL_RATE * surprise)
+        width = self._knots[right] - self._knots[left]
+        share = min(max((x - self._knots[left]) / width, 0.0), 1.0) if width else 1.0
+        level = exp(LEVEL_RATE * surprise)
+        self._seconds = [seconds * level for seconds in self._seconds]
         for knot, weight in ((left, 1 - share), (right, share)):
-            rate = max(RATE, 1 / (1 + self._count[knot]))
-            self._seconds[knot] *= np.exp(rate * weight * surprise)
-            self._count[knot] += weight
+            rate = max(RATE, 1 / (1 + self._counts[knot]))
+            self._seconds[knot] *= exp(rate * weight * surprise)
+            self._counts[knot] += weight
+        self._line = None
 
     def take(self, x: float, seconds: float) -> None:
         """One measurement of the whole."""
         if seconds <= 0:
             return
         if not self.is_known:
-            self._seconds[:] = seconds
-        self.learn(x, _clipped(seconds, float(self.at(x))))
+            self.measure([(int(x), seconds)])
+        self.learn(x, _clipped(seconds, self.seconds(x)))
 
     def points(self) -> tuple[CurvePoint, ...]:
         """For people."""
-        seconds = self.at(self.knots)
-        return tuple(CurvePoint(int(x), float(y)) for x, y in zip(self.knots, seconds, strict=True) if y > 0)
+        points = zip(self._knots, self._believed(), strict=True)
+        return tuple(CurvePoint(int(x), y) for x, y in points if y > 0)
+
+    def _believed(self) -> list[float]:
+        if self._line is None:
+            self._line = isotonic(self._seconds)
+        return self._line
+
+
+def isotonic(values: Sequence[float]) -> list[float]:
+    """The nearest numbers, by squares, that do not fall (pool adjacent violators, Ayer et al. 1955)."""
+    pools: list[tuple[float, int]] = []  # sum and number of neighbours that share their mean
+    for value in values:
+        total, count = value, 1
+        while pools and pools[-1][0] * count > total * pools[-1][1]:
+            more, number = pools.pop()
+            total, count = total + more, count + number
+        pools.append((total, count))
+    return [total / count for total, count in pools for _ in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +126,8 @@ class Load:
     num_rows: int
     num_prompt_rows: int  # of them, those that nothing is sampled from
     num_decoding: int  # requests that get a token from this step
-    features: Floats  # [features], sums over all rows
-    decoding_features: Floats  # [features], without those of prompt rows
+    features: Features  # sums over all rows
+    decoding_features: Features  # without those of prompt rows
 
     @property
     def is_pure(self) -> bool:
@@ -114,41 +146,52 @@ class CostModel:
         self.run = Curve(ROWS)
         self.draft = Curve(REQUESTS)  # by requests that ask the heads
         self.rest = Curve(REQUESTS)  # by requests in the step
-        self.extras: Floats = np.array(FIRST_EXTRAS)
+        self._extras = list(FIRST_EXTRAS)
 
-    def run_seconds(self, num_rows: Floats | float, features: Floats) -> Floats:
-        """Forward pass, sampling and verification. features: [..., features]."""
-        found: Floats = self.run.at(num_rows) + (features @ self.extras if self.run.is_known else 0.0)
-        return found
+    def extra(self, features: Features) -> float:
+        """Seconds for these features; 0 while nothing was measured."""
+        return sum(map(mul, features, self._extras)) if self.run.is_known else 0.0
+
+    def run_seconds(self, num_rows: float, features: Features) -> float:
+        """Forward pass, sampling and verification."""
+        return total(self.run.seconds(num_rows), self.extra(features))
 
     def step_seconds(self, load: Load) -> float:
         """The whole step, if nobody drafts."""
-        return float(self.run_seconds(load.num_rows, load.features)) + float(self.rest.at(load.num_decoding))
+        return self.run_seconds(load.num_rows, load.features) + self.rest.seconds(load.num_decoding)
 
     def draft_seconds(self, num_asking: int) -> float:
-        return float(self.draft.at(num_asking)) if num_asking else 0.0
+        return self.draft.seconds(num_asking) if num_asking else 0.0
 
-    def learn_run(self, num_rows: int, features: Floats, seconds: float) -> None:
+    def learn_run(self, num_rows: int, features: Features, seconds: float) -> None:
         """A step without prompt rows took so long; each part of the estimate moves by its share in it."""
         if seconds <= 0:
             return
         if not self.run.is_known:
             self.run.take(num_rows, seconds)
             return
-        parts = features * self.extras
-        expected = float(self.run.at(num_rows)) + float(parts.sum())
+        parts = list(map(mul, features, self._extras))
+        expected = total(self.run.seconds(num_rows), sum(parts))
         surprise = _clipped(seconds, expected)
         self.run.learn(num_rows, surprise)
-        self.extras *= np.exp(RATE * surprise * parts / expected)
+        self._extras = [
+            extra * exp(EXTRA_RATE * surprise * part / expected)
+            for extra, part in zip(self._extras, parts, strict=True)
+        ]
 
     def extra_seconds(self) -> tuple[tuple[str, float], ...]:
         """For people."""
-        return tuple(zip(FEATURES, self.extras.tolist(), strict=True))
+        return tuple(zip(FEATURES, self._extras, strict=True))
 
     def measure_extra(self, name: str, seconds: float) -> None:
         """What one unit of a feature costs, measured by itself. Noise below zero says: next to nothing."""
         place = FEATURES.index(name)
-        self.extras[place] = max(seconds, FIRST_EXTRAS[place] / 100)
+        self._extras[place] = max(seconds, FIRST_EXTRAS[place] / 100)
+
+
+def total(seconds: float, extra: float) -> float:
+    """Both together; `extra` is below 0 for rows that look at few keys, and no estimate may follow it below 0."""
+    return max(seconds + extra, LEAST_SHARE * seconds)
 
 
 def _clipped(seconds: float, expected: float) -> float:

@@ -301,6 +301,7 @@ class EngineConfig:
     ngram_min: int = 2  # tokens that must match before a guess
     ngram_max: int = 4  # a match as long as this is not improved upon
     ngram_max_nodes: int = 8
+    own_heads: bool = True  # a multi-token model drafts with its own if none are given
 
 
 ToEngine = Submit | Abort | Shutdown

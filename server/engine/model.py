@@ -24,10 +24,10 @@ class ModelRunner(Protocol):
     def room_for_heads(self, request: Request) -> float:
         """The probability that a guess of the heads would matter: nothing copied is right. 0 if they cannot guess."""
 
-    def draft(self, requests: Sequence[Request], bounds: Sequence[Bound], asks: Sequence[bool]) -> list[Draft]:
+    def draft(self, requests: Sequence[Request], bounds: Sequence[Bound], asks: Sequence[float | None]) -> list[Draft]:
         """A tree for each request, no larger than its bound and no deeper than it can still use.
 
-        The heads guess for those only that ask.
+        The heads guess for those only that say what a guess must be worth to pay.
         """
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:

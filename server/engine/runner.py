@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from time import perf_counter
 
@@ -23,19 +23,26 @@ from models.backbone import Backbone, read_sizes
 from models.batch import Segment, build_batch
 from models.checkpoint import CheckpointError, build_heads, check_heads, read_heads
 from models.drafters.calibration import Kind
-from models.drafters.combined import Drafter, Wish, combine
+from models.drafters.combined import Wish, combine
 from models.drafters.copied import Copies, NgramOptions
+from models.drafters.drafter import Ask, Drafter
 from models.drafters.medusa import DraftRow, Heads
+from models.drafters.mtp import own_heads
 from models.drafters.packed import PackedHeads
 from models.drafters.parallel import ParallelDrafter
 from models.drafters.resblock import ResBlockHeads
+from models.drafters.sequential import SequentialHeads
+from models.drafters.sequential_drafter import SequentialDrafter, TorchGuesser, scratch_slots
+from models.fused import FusedSequential, can_fuse_drafter
 from models.grammar import GrammarError, Grammars, GrammarState
 from models.kernels.build import KernelError
 from models.kernels.cpu import kernels, take_seconds
 from models.kv_pool import KVPool
+from models.kv_pool import Shape as KVShape
 from models.masks import Mask
 from models.probe import BackboneError
 from models.sampling import History, Row
+from models.sequential_checkpoint import build_sequential, check_sequential, is_sequential, read_sequential
 from models.tree import Guess, Tree
 from server.engine.controller import Bound
 from server.engine.messages import CalibrationCell, EngineConfig, ModelInfo, Submit, TokenLogprobs
@@ -49,16 +56,18 @@ logger = logging.getLogger(__name__)
 class Runner:
     """Implements `core.ModelRunner` with tensors."""
 
-    def __init__(self, backbone: Backbone, heads: Heads | None, config: EngineConfig) -> None:
+    def __init__(self, backbone: Backbone, heads: Heads | SequentialHeads | None, config: EngineConfig) -> None:
         """Take a loaded model and make its pool. Raises `StartupError` if the limits cannot be met."""
         self.backbone = backbone
-        self.heads = heads
-        self.drafter: Drafter | None = None
-        if heads is not None:
-            self.drafter = ParallelDrafter(heads, is_static=config.static_trees)
         self._forward_seconds = 0.0  # since they were last asked for
         dtype, self.device = backbone.lm_head_weight.dtype, backbone.lm_head_weight.device
-        kv_cache_tokens, max_model_len = _limits(config, backbone)
+        layers = [*backbone.kv_shapes, *([heads.shape.kv] if isinstance(heads, SequentialHeads) else [])]
+        kv_cache_tokens, max_model_len = _limits(config, backbone, layers)
+        self.drafter: Drafter | None = None
+        if isinstance(heads, SequentialHeads):
+            self.drafter = _sequential(heads, backbone, kv_cache_tokens, max_model_len, config.max_num_seqs)
+        elif heads is not None:
+            self.drafter = ParallelDrafter(heads, is_static=config.static_trees)
         self.pool = KVPool(backbone.kv_shapes, kv_cache_tokens, dtype=backbone.kv_dtype, device=self.device)
         self.info = ModelInfo(
             path=config.model,
@@ -71,7 +80,6 @@ class Runner:
             dtype=str(dtype).removeprefix("torch."),
             quantization=backbone.quantization,
         )
-        self._hidden: dict[str, Tensor] = {}  # request id -> [hidden]
         self._histories: dict[str, History] = {}
         self._masks: dict[str, Mask] = {}
         self._copies: dict[str, Copies] = {}
@@ -87,18 +95,17 @@ class Runner:
         device = _device(config.device)
         dtype = _dtype(config.dtype, device)
         try:
-            tensors = None if config.heads is None else read_heads(Path(config.heads))
-            if tensors is not None:
-                hidden_size, vocab_size = read_sizes(config.model)
-                check_heads(tensors, hidden_size=hidden_size, vocab_size=vocab_size)
-            backbone = Backbone.load(config.model, dtype=dtype, device=device)
-            heads: Heads | None = None if tensors is None else build_heads(tensors, backbone.lm_head_weight)
+            build = None if config.heads is None else _read_heads(Path(config.heads), config.model)
+            extra_heads = build is None and config.own_heads
+            backbone = Backbone.load(config.model, dtype=dtype, device=device, extra_heads=extra_heads)
             if _wants_int8(config, backbone):
                 backbone.quantize()
-                heads = PackedHeads(heads) if isinstance(heads, ResBlockHeads) else heads
+            built = None if build is None else build(backbone)
+            is_int8 = backbone.quantization == "int8"
+            heads = PackedHeads(built) if is_int8 and isinstance(built, ResBlockHeads) else built
         except (BackboneError, CheckpointError) as error:
             raise StartupError(str(error)) from error
-        runner = cls(backbone, heads, config)
+        runner = cls(backbone, heads or own_heads(backbone), config)
         runner.grammars.prepare()
         return runner
 
@@ -139,7 +146,6 @@ class Runner:
         torch.ones(1, device=self.device).item()
 
     def forget(self, request: Request) -> None:
-        self._hidden.pop(request.id, None)
         self._histories.pop(request.id, None)
         self._masks.pop(request.id, None)
         self._copies.pop(request.id, None)
@@ -148,7 +154,7 @@ class Runner:
             self.drafter.forget(request.id)
 
     @torch.inference_mode()
-    def draft(self, requests: Sequence[Request], bounds: Sequence[Bound], asks: Sequence[bool]) -> list[Draft]:
+    def draft(self, requests: Sequence[Request], bounds: Sequence[Bound], asks: Sequence[float | None]) -> list[Draft]:
         """The best tree within its bound for each request, of copied tokens and of the heads' for those that ask.
 
         Under a grammar: of what it forces, and of the heads' guesses that it allows.
@@ -157,22 +163,15 @@ class Runner:
         starts = [self._copies[r.id].prediction_start if r.id in self._copies else 0 for r in requests]
         return list(map(_draft, combine(self.drafter, wishes), starts))
 
-    def _wish(self, request: Request, bound: Bound, asks: bool) -> Wish:
-        return Wish(
-            request.id,
-            request.tokens,
-            _kind(request),
-            bound.guesses,
-            self._max_depth(request),
-            self._copied(request),
-            DraftRow(request.submit.sampling, len(request.tokens), self._mask(request)),
-            self._hidden.get(request.id) if asks else None,
-            self._grammar(request),
-            bound.forced,
-        )
+    def _wish(self, request: Request, bound: Bound, least_value: float | None) -> Wish:
+        grammar, depth, ask = self._grammar(request), self._max_depth(request), None
+        if least_value is not None:
+            row = DraftRow(request.submit.sampling, len(request.tokens), self._mask(request))
+            ask = Ask(request.id, request.tokens, request.slots, row, _kind(request), bound.guesses, depth, least_value)
+        return Wish(bound.guesses, depth, self._copied(request), ask, grammar, bound.forced)
 
     def _has_heads(self, request: Request) -> bool:
-        return self.heads is not None and request.id in self._hidden
+        return self.drafter is not None and self.drafter.knows(request.id, len(request.tokens) - 1)
 
     def _copied(self, request: Request) -> list[Guess]:
         """What can be copied below the request's root. Under a grammar nothing is: its own tokens are surer."""
@@ -189,7 +188,9 @@ class Runner:
         """One forward pass over all rows, then each request's verification."""
         starts = [0, *accumulate(work.num_chain + len(work.node_tokens) for work in works)]
         scored = [_scored_rows(work, start) for work, start in zip(works, starts, strict=False)]
-        logits, hidden = self._forward(works, [row for rows in scored for row in rows])
+        kept = [self._kept_rows(*each) for each in zip(works, starts, scored, strict=False)]
+        logits, hidden = self._forward(works, kept, scored)
+        states = torch.split(hidden, list(map(len, kept)))
         firsts = [0, *accumulate(map(len, scored))]
         rows = [self._rows(work) for work in works]
         # a prompt's own rows come first among its scored rows; those sampled from are the last of them
@@ -203,14 +204,22 @@ class Runner:
             sampled = sampling.sample(chosen, [row for mine in rows for row in mine]).tolist()
         outcomes: list[Outcome] = []
         used = 0
-        for work, mine, first, last in zip(works, rows, firsts, firsts[1:], strict=False):
+        for work, mine, first, last, state in zip(works, rows, firsts, firsts[1:], states, strict=False):
             drawn = sampled[used : used + len(mine)]
             used += len(mine)
-            outcomes.append(self._outcome(work, mine, drawn, logits[first:last], hidden[first:last]))
+            outcomes.append(self._outcome(work, mine, drawn, logits[first:last], state))
         return outcomes
 
-    def _forward(self, works: Sequence[Work], scored: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Pack the rows of all works and run the backbone."""
+    def _kept_rows(self, work: Work, start: int, scored: list[int]) -> list[int]:
+        """Packed rows whose states are needed."""
+        if self.drafter is None or not self.drafter.sees_all or not _speculates(work.request):
+            return scored
+        return list(range(start, start + work.num_chain + len(work.node_tokens)))
+
+    def _forward(
+        self, works: Sequence[Work], kept: Sequence[list[int]], scored: Sequence[list[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Pack the rows of all works and run the backbone. Returns logits of `scored` and states of `kept` rows."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -223,13 +232,19 @@ class Runner:
             slots += [*work.chain_slots, *work.node_slots]
             context = _tensor(work.request.slots).to(self.device)
             segments.append(Segment(work.num_chain + len(tree), context, work.num_chain, work.node_parents))
+        if self.drafter is not None:
+            self.drafter.overwrite(slots)
         batch = build_batch(segments, torch.tensor(positions), torch.tensor(slots), self.device)
+        rows, asked = list(chain.from_iterable(kept)), list(chain.from_iterable(scored))
+        is_same = len(rows) == len(asked)
+        places = {row: place for place, row in enumerate(rows)} if not is_same else {}
         started = perf_counter()
         found = self.backbone.forward(
             torch.tensor(tokens, device=self.device),
             batch,
             self.pool,
-            torch.tensor(scored, dtype=torch.long, device=self.device),
+            torch.tensor(rows, dtype=torch.long, device=self.device),
+            None if is_same else torch.tensor([places[row] for row in asked], dtype=torch.long, device=self.device),
         )
         self._forward_seconds += perf_counter() - started
         return found
@@ -300,15 +315,16 @@ class Runner:
     def _outcome(
         self, work: Work, rows: Sequence[Row], sampled: Sequence[int], logits: Tensor, hidden: Tensor
     ) -> Outcome:
-        """logits, hidden: this work's scored rows, [scored, vocab] and [scored, hidden]."""
+        """logits: this work's scored rows, [scored, vocab]; hidden: its kept rows, [kept, hidden]."""
         request = work.request
         prompt_logprobs = self._prompt_logprobs(work, logits)
         if not rows:
+            self._remember(work, hidden, ())
             return Outcome(prompt_logprobs=prompt_logprobs)
-        logits, hidden = logits[-len(rows) :], hidden[-len(rows) :]
+        logits = logits[-len(rows) :]
         path = self._accept(work, rows, sampled, logits)
         kept = [0, *(node + 1 for node in path)]
-        self._hidden[request.id] = hidden[kept[-1]]
+        self._remember(work, hidden, path)
         nodes, bonus = tuple([work.node_tokens[node] for node in path]), sampled[kept[-1]]
         is_over = bonus == sampling.NO_TOKEN
         emitted = nodes if is_over else (*nodes, bonus)
@@ -323,6 +339,16 @@ class Runner:
         count = request.submit.sampling.logprobs
         logprobs = () if count is None else score(logits[kept[: len(emitted)]], emitted, count)
         return Outcome(emitted, path, logprobs, prompt_logprobs, is_over, is_complete)
+
+    def _remember(self, work: Work, hidden: Tensor, path: tuple[int, ...]) -> None:
+        """Keep what the drafter will look at. hidden: the work's kept rows, those of its chain's end among them."""
+        num_chain = len(hidden) - len(work.node_tokens)
+        if self.drafter is None or not num_chain or not _speculates(work.request):
+            return
+        chosen = [*range(num_chain), *(num_chain + node for node in path)]
+        is_start = chosen[-1] == len(chosen) - 1
+        states = hidden[: len(chosen)] if is_start else hidden[chosen]
+        self.drafter.remember(work.request.id, work.start + work.num_chain - num_chain, states)
 
     def _accept(self, work: Work, rows: Sequence[Row], sampled: Sequence[int], logits: Tensor) -> tuple[int, ...]:
         """The surviving nodes, by the request's own rule."""
@@ -351,6 +377,10 @@ class Runner:
     def _max_depth(self, request: Request) -> int:
         """Nodes deeper than this could not be emitted, and might lie beyond the model's context."""
         return request.submit.sampling.max_tokens - request.num_output - 1
+
+
+def _speculates(request: Request) -> bool:
+    return request.submit.speculation.mode != "off"
 
 
 def _kind(request: Request) -> Kind:
@@ -385,14 +415,37 @@ def _wants_int8(config: EngineConfig, backbone: Backbone) -> bool:
     return True
 
 
-def _limits(config: EngineConfig, backbone: Backbone) -> tuple[int, int]:
+def _read_heads(path: Path, model: str) -> Callable[[Backbone], ResBlockHeads | SequentialHeads]:
+    """Read heads and check them against the model's sizes; what is returned puts them on the loaded model."""
+    hidden_size, vocab_size = read_sizes(model)
+    if is_sequential(path):
+        found = read_sequential(path)
+        check_sequential(found, hidden_size=hidden_size, vocab_size=vocab_size)
+        return lambda backbone: build_sequential(found, backbone.embedding_weight, backbone.lm_head_weight)
+    tensors = read_heads(path)
+    check_heads(tensors, hidden_size=hidden_size, vocab_size=vocab_size)
+    return lambda backbone: build_heads(tensors, backbone.lm_head_weight)
+
+
+def _sequential(
+    heads: SequentialHeads, backbone: Backbone, num_slots: int, num_positions: int, max_num_seqs: int
+) -> SequentialDrafter:
+    """The drafter with memory of its own, in C if the model is."""
+    total = num_slots + scratch_slots(max_num_seqs, heads.num_heads)
+    pool = KVPool([heads.shape.kv], total, dtype=backbone.kv_dtype, device=heads.device)
+    is_packed = backbone.quantization == "int8" and can_fuse_drafter(heads)
+    guesser = FusedSequential(heads, num_positions) if is_packed else TorchGuesser(heads)
+    return SequentialDrafter(heads, guesser, pool, num_slots)
+
+
+def _limits(config: EngineConfig, backbone: Backbone, layers: Sequence[KVShape]) -> tuple[int, int]:
     """KV tokens of the pool, and the longest prompt + completion."""
     limit = backbone.max_position_embeddings or 2**31
     max_model_len = config.max_model_len or limit
     if max_model_len > limit:
         raise StartupError(f"--max-model-len {max_model_len} exceeds the model's own {limit} positions: lower it.")
     weight = backbone.lm_head_weight
-    fitting = memory.free_bytes(weight.device) // KVPool.bytes_per_token(backbone.kv_shapes, backbone.kv_dtype)
+    fitting = memory.free_bytes(weight.device) // KVPool.bytes_per_token(layers, backbone.kv_dtype)
     kv_cache_tokens = config.kv_cache_tokens or min(fitting, config.max_num_seqs * max_model_len)
     if not 0 < kv_cache_tokens <= fitting:
         raise StartupError(

@@ -186,7 +186,8 @@ class Engine:
         logits, hidden = self.backbone.forward(tokens, batch, self.pool, torch.arange(len(paths)))
         assert logits.shape == (len(paths), self.backbone.vocab_size)
         assert logits.dtype == torch.float32
-        assert hidden.shape == (len(paths), self.backbone.hidden_size)
+        extra = getattr(self.backbone.config, "num_extra_heads", 0)
+        assert hidden.shape == (len(paths), max(extra, 1) * self.backbone.hidden_size)
         self.hidden |= zip(paths, hidden, strict=True)
         for (request, *_), its_paths, its_slots in zip(work, own, own_slots, strict=True):
             self.free += request.commit(its_paths[-1], dict(zip(its_paths, its_slots, strict=True)), its_slots)
@@ -198,7 +199,11 @@ TREES = [(-1, -1, 0, 0, 2), (), (-1, 0, 1, 2, 3, -1, -1), (-1,), (-1, -1, -1, 1,
 
 def run(backbone: Backbone, seed: int = 0) -> Iterator[tuple[TokenPath, Tensor]]:
     """Three requests: prompts in chunks, chunk and tree in one step, then trees of all sizes on committed paths."""
-    engine = Engine(backbone, seed=seed)
+    yield from run_engine(Engine(backbone, seed=seed))
+
+
+def run_engine(engine: Engine) -> Iterator[tuple[TokenPath, Tensor]]:
+    """`run` on an engine whose hidden states are wanted, too."""
     a, b, c = (Request([engine.random.randrange(97) for _ in range(n)]) for n in (19, 11, 7))
     yield from engine.step([(a, 9, ()), (b, 10, ())])
     yield from engine.step([(c, 7, ()), (b, 1, TREES[0]), (a, 10, ())])

@@ -73,10 +73,16 @@ def test_other_files_than_gguf_are_refused(tmp_path: Path) -> None:
         resolve(str(tmp_path / "model.safetensors"))
 
 
-def test_the_list_of_causal_models_is_transformers_own() -> None:
+def test_the_list_of_causal_models_is_transformers_own_and_ours() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    assert source.causal_models() == frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert source.causal_models() == {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "meta_multi_token"}
+
+
+def test_own_heads_are_those_beyond_the_next_token() -> None:
+    assert source.has_own_heads({"model_type": "meta_multi_token", "num_future_tokens": 2})
+    assert not source.has_own_heads({"model_type": "meta_multi_token", "num_future_tokens": 1})
+    assert not source.has_own_heads({"model_type": "llama", "num_future_tokens": 2})
 
 
 def test_without_the_package_the_default_model_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

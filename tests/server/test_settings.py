@@ -51,6 +51,11 @@ def test_the_engine_is_told_all_that_concerns_it() -> None:
     assert load([]).engine_config(Path("/model"), Path("/heads")) == EngineConfig("/model", "/heads")
 
 
+def test_a_multi_token_model_drafts_with_its_own_heads_unless_told_otherwise() -> None:
+    assert load(["/model"]).engine_config(Path("/model"), None).own_heads
+    assert not load(["/model", "--heads", "none"]).engine_config(Path("/model"), None).own_heads
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

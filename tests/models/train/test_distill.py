@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.drafters.resblock import ResBlockHeads
-from models.train.distill import Distiller, Recipe, ResumeError, draft_vocabulary, soft_cross_entropy, teachable
+from models.train.distill import Recipe, ResBlockDistiller, ResumeError, draft_vocabulary, soft_cross_entropy, teachable
 from models.train.trunk import TrunkCache
 
 HIDDEN, VOCAB, RANKS, HEADS = 16, 40, 8, 3
@@ -35,12 +35,12 @@ def cache() -> TrunkCache:
 
 
 @pytest.fixture
-def distiller(cache: TrunkCache) -> Callable[..., Distiller]:
-    def build(**recipe: float) -> Distiller:
+def distiller(cache: TrunkCache) -> Callable[..., ResBlockDistiller]:
+    def build(**recipe: float) -> ResBlockDistiller:
         lm_head = torch.randn(VOCAB - 1, HIDDEN, generator=torch.Generator().manual_seed(3))
         heads = ResBlockHeads(lm_head, num_heads=HEADS, token_ids=torch.arange(1, VOCAB))
         settings = {"epochs": 3, "batch_size": 16, "lr": 5e-3} | recipe
-        return Distiller(heads, cache, np.array([True, True, False, True]), Recipe(**settings))
+        return ResBlockDistiller(heads, cache, np.array([True, True, False, True]), Recipe(**settings))
 
     return build
 
@@ -85,7 +85,7 @@ def test_draft_vocabulary_is_the_most_expected_and_the_end(cache: TrunkCache) ->
 
 
 def test_loss_of_a_first_batch_equals_a_loop_over_positions(
-    cache: TrunkCache, distiller: Callable[..., Distiller]
+    cache: TrunkCache, distiller: Callable[..., ResBlockDistiller]
 ) -> None:
     whole = distiller(batch_size=1000, epochs=1)
     heads = whole.heads
@@ -104,14 +104,14 @@ def test_loss_of_a_first_batch_equals_a_loop_over_positions(
     assert whole.history.losses[0] == pytest.approx(total, rel=1e-4)
 
 
-def test_loss_falls(distiller: Callable[..., Distiller]) -> None:
+def test_loss_falls(distiller: Callable[..., ResBlockDistiller]) -> None:
     trained = distiller(epochs=40)
     trained.run(lambda: 0.0)
     assert trained.history.losses[-1] < 0.8 * trained.history.losses[0]
     assert trained.finished
 
 
-def test_the_best_epoch_is_kept(distiller: Callable[..., Distiller]) -> None:
+def test_the_best_epoch_is_kept(distiller: Callable[..., ResBlockDistiller]) -> None:
     trained = distiller(epochs=4)
     seen = []
 
@@ -126,7 +126,7 @@ def test_the_best_epoch_is_kept(distiller: Callable[..., Distiller]) -> None:
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    distiller: Callable[..., Distiller], tmp_path: Path, stop_after: int
+    distiller: Callable[..., ResBlockDistiller], tmp_path: Path, stop_after: int
 ) -> None:
     whole = distiller()
     whole.run(lambda: float(whole.heads.weight.detach().sum()))
@@ -148,7 +148,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert second.history == whole.history
 
 
-def test_a_finished_run_resumes_to_the_same_heads(distiller: Callable[..., Distiller], tmp_path: Path) -> None:
+def test_a_finished_run_resumes_to_the_same_heads(distiller: Callable[..., ResBlockDistiller], tmp_path: Path) -> None:
     first, second = distiller(), distiller()
     first.run(lambda: 1.0, lambda: first.save(tmp_path / "state.pt"))
     second.load(tmp_path / "state.pt")
@@ -156,7 +156,7 @@ def test_a_finished_run_resumes_to_the_same_heads(distiller: Callable[..., Disti
     assert torch.equal(first.heads.weight, second.heads.weight)
 
 
-def test_other_settings_do_not_resume(distiller: Callable[..., Distiller], tmp_path: Path) -> None:
+def test_other_settings_do_not_resume(distiller: Callable[..., ResBlockDistiller], tmp_path: Path) -> None:
     distiller().save(tmp_path / "state.pt")
     distiller().load(tmp_path / "state.pt")
     with pytest.raises(ResumeError, match="other settings or data; start anew without --resume"):
@@ -177,25 +177,30 @@ def _all_positions(cache: TrunkCache) -> TrunkCache:
 
 @pytest.mark.parametrize("change", [_other_text, _other_model, _all_positions])
 def test_other_data_does_not_resume(
-    cache: TrunkCache, distiller: Callable[..., Distiller], tmp_path: Path, change: Callable[[TrunkCache], TrunkCache]
+    cache: TrunkCache,
+    distiller: Callable[..., ResBlockDistiller],
+    tmp_path: Path,
+    change: Callable[[TrunkCache], TrunkCache],
 ) -> None:
     first = distiller()
     first.save(tmp_path / "state.pt")
-    second = Distiller(first.heads, change(cache), np.array([True, True, False, True]), first.recipe)
+    second = ResBlockDistiller(first.heads, change(cache), np.array([True, True, False, True]), first.recipe)
     with pytest.raises(ResumeError, match="other settings or data"):
         second.load(tmp_path / "state.pt")
 
 
-def test_another_split_does_not_resume(cache: TrunkCache, distiller: Callable[..., Distiller], tmp_path: Path) -> None:
+def test_another_split_does_not_resume(
+    cache: TrunkCache, distiller: Callable[..., ResBlockDistiller], tmp_path: Path
+) -> None:
     first = distiller()
     first.save(tmp_path / "state.pt")
-    second = Distiller(first.heads, cache, np.array([True, True, True, False]), first.recipe)
+    second = ResBlockDistiller(first.heads, cache, np.array([True, True, True, False]), first.recipe)
     with pytest.raises(ResumeError, match="other settings or data"):
         second.load(tmp_path / "state.pt")
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "foreign"])
-def test_a_broken_state_is_refused(distiller: Callable[..., Distiller], tmp_path: Path, damage: str) -> None:
+def test_a_broken_state_is_refused(distiller: Callable[..., ResBlockDistiller], tmp_path: Path, damage: str) -> None:
     path = tmp_path / "state.pt"
     distiller().save(path)
     whole = path.read_bytes()

@@ -16,8 +16,11 @@ from models.checkpoint import WEIGHTS_NAME, load_heads
 from models.train import evaluate, heads
 from models.train.acceptance import measure_accuracies, tau_by_nodes
 from models.train.data import Example, encode_rows, read_rows
-from models.train.distill import Distiller
+from models.train.distill import ResBlockDistiller
+from models.train.sequential import SequentialDistiller
 from models.train.trunk import load_trunk
+
+SEQUENTIAL = ["--design", "sequential", "--batch-size", "256"]
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def command(tiny_model: Path, own_text: Path, tmp_path: Path) -> list[str]:
         str(tiny_model),
         *("--data", str(own_text), "--output", str(tmp_path / "heads"), "--device", "cpu"),
         *("--num-heads", "3", "--draft-vocab", "40", "--epochs", "3", "--batch-size", "64", "--lr", "0.01"),
-        *("--validation-fraction", "0.3"),
+        *("--validation-fraction", "0.3", "--design", "resblock"),
     ]
 
 
@@ -56,7 +59,7 @@ def test_training_writes_heads_that_load_and_guess(
     assert (config["medusa_num_heads"], config["hidden_size"], config["draft_vocab_size"]) == (3, 32, 40)
     assert config["training"]["losses"] == sorted(config["training"]["losses"], reverse=True)
     card = (tmp_path / "heads" / "README.md").read_text()
-    assert "--output DIR --name 'org/tiny model' --num-heads 3 --draft-vocab 40" in card
+    assert "--output DIR --name 'org/tiny model' --design resblock --num-heads 3 --draft-vocab 40" in card
 
     model, tokenizer = load_trunk(tiny_model, torch.float32, "cpu")
     trained = load_heads(tmp_path / "heads", model.get_output_embeddings())
@@ -75,14 +78,14 @@ def test_stopped_and_resumed_equals_uninterrupted(
     whole = load_file(tmp_path / "heads" / WEIGHTS_NAME)
 
     steps = iter(range(1000))
-    step = Distiller._step
+    step = ResBlockDistiller._step
 
-    def interrupted(self: Distiller, batch: Any) -> float:
+    def interrupted(self: ResBlockDistiller, batch: Any) -> float:
         if next(steps) == 13:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, batch)
 
-    monkeypatch.setattr(Distiller, "_step", interrupted)
+    monkeypatch.setattr(ResBlockDistiller, "_step", interrupted)
     again = [*command, "--output", str(tmp_path / "again")]
     assert heads.main(again) == 130
     assert not (tmp_path / "again" / "config.json").exists()
@@ -103,6 +106,56 @@ def test_evaluate_prints_both_taus(
     assert "100.0%" in printed
     assert "Tokens per step" in printed
     assert len([line for line in printed.splitlines() if "│" in line]) >= 3 + 7
+
+
+def test_a_sequential_drafter_is_trained_resumed_and_evaluated(
+    command: list[str],
+    own_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = [*command, *SEQUENTIAL]
+    assert heads.main(command) == 0
+    config = json.loads((tmp_path / "heads" / "config.json").read_text())
+    assert (config["model_type"], config["num_heads"], config["draft_vocab_size"]) == ("medusa_sequential", 3, 40)
+    assert config["training"]["losses"] == sorted(config["training"]["losses"], reverse=True)
+    assert "sequential drafter" in (tmp_path / "heads" / "README.md").read_text()
+    whole = load_file(tmp_path / "heads" / WEIGHTS_NAME)
+
+    step, steps = SequentialDistiller._step, iter(range(1000))
+
+    def interrupted(self: SequentialDistiller, batch: Any) -> float:
+        if next(steps) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(SequentialDistiller, "_step", interrupted)
+    again = [*command, "--output", str(tmp_path / "again")]
+    assert heads.main(again) == 130
+    assert heads.main([*again, "--resume"]) == 0
+    resumed = load_file(tmp_path / "again" / WEIGHTS_NAME)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    capsys.readouterr()
+    arguments = [command[0], "--heads", str(tmp_path / "heads"), "--data", str(own_text), "--device", "cpu"]
+    assert evaluate.main([*arguments, "--validation-fraction", "0.3"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{config['accuracies'][0][0]:.3f}" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--design", "sequential", "--num-layers", "2"], "has one layer"),
+        (["--quantization", "int8", "--device", "meta"], "is for --device cpu"),
+    ],
+)
+def test_options_that_make_no_sense_together_are_refused(
+    command: list[str], capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert heads.main([*command, *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from models.train import trunk
 from models.train.data import Example
-from models.train.trunk import TrunkError, build_cache, check_device, end_tokens, load_trunk
+from models.train.trunk import ServedTrunk, TrunkError, build_cache, check_device, end_tokens, load_trunk
 
 
 @pytest.fixture
@@ -25,6 +25,16 @@ def examples() -> list[Example]:
     draw = np.random.default_rng(0)
     lengths = [5, 40, 1, 17, 33, 8, 21]
     return [Example(tuple(draw.integers(64, size=n).tolist()), (True,) * n, False, False) for n in lengths]
+
+
+def test_the_served_trunk_says_nearly_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    tokens = tuple(range(3, 40))
+    example = Example(tokens, (True,) * len(tokens), held_out=False, greedy=True)
+    exact = build_cache(load_trunk(tiny_model, torch.float32, "cpu")[0], [example], tmp_path)
+    served = build_cache(ServedTrunk(tiny_model, 64), [example], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert 0 < np.abs(served.hidden.astype(np.float32) - exact.hidden).mean() < 0.05  # states are of size 1
+    np.testing.assert_allclose(served.teacher_probs[:, 0], exact.teacher_probs[:, 0], atol=0.05)
 
 
 def test_cache_holds_what_the_model_says(model: Any, examples: list[Example], tmp_path: Path) -> None:

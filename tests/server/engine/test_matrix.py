@@ -64,6 +64,7 @@ PARAMETERS = {
     ),
     "all truncations": replace(BASE, top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.1),
 }
+HOW = [("off", "heads"), ("lossless", "heads"), ("lossless", "sequential")]
 PROMPT = [5, 9, 33, 7, 9, 12]
 Answer = tuple[list[int], str | None, int | None]  # tokens, finish, what it stopped at
 
@@ -78,9 +79,9 @@ def plain(model: LlamaForCausalLM) -> dict[str, Answer]:
     return answers(engine_of(model, prefix_cache=False), "off", batch=1)
 
 
-def engine_of(model: LlamaForCausalLM, **config: object) -> Engine:
+def engine_of(model: LlamaForCausalLM, *, drafter: str = "heads", **config: object) -> Engine:
     """Its first 64 tokens are the end and the characters from `!` on."""
-    engine = tiny_engine(model, **config)
+    engine = tiny_engine(model, drafter=drafter, **config)
     engine.runner.grammars = Grammars(json_tokenizer().to_str(), [EOS])
     return engine
 
@@ -101,14 +102,16 @@ def answer(deltas: list[Delta]) -> Answer:
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("mode", ["off", "lossless"])
-def test_same_tokens(model: LlamaForCausalLM, plain: dict[str, Answer], mode: str, batch: int) -> None:
-    assert answers(engine_of(model, num_nodes=12), mode, batch=batch) == plain
+@pytest.mark.parametrize(("mode", "drafter"), HOW)
+def test_same_tokens(model: LlamaForCausalLM, plain: dict[str, Answer], mode: str, drafter: str, batch: int) -> None:
+    assert answers(engine_of(model, drafter=drafter, num_nodes=12), mode, batch=batch) == plain
 
 
-@pytest.mark.parametrize("mode", ["off", "lossless"])
-def test_same_tokens_through_preemption(model: LlamaForCausalLM, plain: dict[str, Answer], mode: str) -> None:
-    engine = engine_of(model, kv_cache_tokens=70, max_num_batched_rows=24)
+@pytest.mark.parametrize(("mode", "drafter"), HOW)
+def test_same_tokens_through_preemption(
+    model: LlamaForCausalLM, plain: dict[str, Answer], mode: str, drafter: str
+) -> None:
+    engine = engine_of(model, drafter=drafter, kv_cache_tokens=70, max_num_batched_rows=24)
     assert answers(engine, mode, batch=8) == plain
     crowd = [submit(str(i), PROMPT, replace(BASE, seed=i), mode) for i in range(8)]
     ends = [deltas[-1].stats for deltas in run(engine, crowd).values()]

@@ -7,6 +7,7 @@ from transformers import LlamaForCausalLM
 
 from models.backbone import Backbone
 from models.drafters.resblock import ResBlockHeads
+from models.drafters.sequential import SequentialHeads, Shape
 from server.engine.core import Engine
 from server.engine.messages import Delta, EngineConfig, SamplingParams, SpeculationParams, Submit
 from server.engine.runner import Runner
@@ -28,10 +29,24 @@ def random_heads(backbone: Backbone, num_heads: int = 3) -> ResBlockHeads:
     return heads
 
 
-def tiny_engine(model: LlamaForCausalLM, **config: object) -> Engine:
+def random_sequential(backbone: Backbone, num_heads: int = 3) -> SequentialHeads:
+    """An untrained sequential drafter."""
+    head = backbone.lm_head_weight
+    shape = Shape(hidden_size=head.shape[1], num_heads=2, num_kv_heads=1, head_dim=32, inner_size=64)
+    heads = SequentialHeads(shape, backbone.embedding_weight, head, num_heads=num_heads)
+    torch.nn.init.normal_(heads.input.weight, std=0.2)
+    return heads.eval().requires_grad_(False)
+
+
+PREDICTABLE: dict[str, object] = {"kv_cache_tokens": 4096, "static_trees": True, "control_share": 0.0}
+"""Trees that do not depend on how long anything takes."""
+HEADS = {"heads": random_heads, "sequential": random_sequential}
+
+
+def tiny_engine(model: LlamaForCausalLM, *, drafter: str = "heads", **config: object) -> Engine:
     backbone = Backbone(model)
-    options = EngineConfig("tiny", **{"kv_cache_tokens": 4096, "num_nodes": 8, **config})  # type: ignore[arg-type]
-    return Engine(options, Runner(backbone, random_heads(backbone), options))
+    options = EngineConfig("tiny", **{**PREDICTABLE, "num_nodes": 8, **config})  # type: ignore[arg-type]
+    return Engine(options, Runner(backbone, HEADS[drafter](backbone), options))
 
 
 def submit(name: str, prompt: list[int], sampling: SamplingParams, mode: str = "lossless", **spec: object) -> Submit:
