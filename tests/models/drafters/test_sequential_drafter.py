@@ -232,9 +232,7 @@ def test_trees_grown_in_c_are_those_grown_in_python(heads: SequentialHeads, num_
                 each.compute(len(each.text) - 1 - len(each.slots))
             asks = [each.ask(num_nodes, least_value=least_value) for each in plays]
             # noise: grown in Python always
-            asks[1] = plays[1].ask(
-                num_nodes, SamplingParams(9, temperature=0.5, seed=3), None, least_value
-            )
+            asks[1] = plays[1].ask(num_nodes, SamplingParams(9, temperature=0.5, seed=3), None, least_value)
             drafts.append(made.grown(asks))
         found.append(drafts)
     sizes = [len(tree) for drafts in found[0] for tree in drafts]
