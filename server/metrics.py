@@ -1,15 +1,15 @@
-"""Every Prometheus series, declared once. vLLM's names and buckets with `medusa_` for `vllm:`, and a few of our own.
+"""Every Prometheus series. vLLM's names and buckets with `medusa_` for `vllm:`, and a few of our own.
 
 Invariants:
 - one registry per app instance; nothing is registered globally;
 - every choice that is begun is counted exactly once in `medusa_request_success_total`, however it ends;
-- accepted tokens never count the bonus token.
-Series of engine steps come from `on_step`, series of requests from `RequestTimer`, series of HTTP from `http`.
+- no label's values grow with requests.
+Series of engine steps come from `on_step`, series of requests from `RequestTimer`, series of HTTP from `http`; those of
+speculation are declared in `speculation_metrics`, those of the controller in `controller_metrics`.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from time import perf_counter
 from typing import Final
 
@@ -19,10 +19,13 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from server.admission import Refusal
-from server.engine.messages import DRAFT_SOURCES, FinishReason, RequestStats, StepStats
+from server.controller_metrics import ControllerMetrics
+from server.engine.messages import FinishReason, RequestStats, StepStats
 from server.histogram import RepeatedHistogram
+from server.speculation_metrics import SpeculationMetrics
 
 ENGINE_PARTS: Final = ("kernels", "model", "engine", "messages")
+PHASES: Final = ("draft", "forward", "verify", "engine", "messages")
 FINISH_REASONS: Final[tuple[FinishReason, ...]] = ("stop", "length", "abort", "error")
 REFUSALS: Final[tuple[Refusal, ...]] = ("requests", "tokens", "key")
 TTFT: Final = (
@@ -42,6 +45,7 @@ ROWS: Final = (1.0, *(float(2**power) for power in range(3, 15)))
 STEP: Final = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 STEP_ROWS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
 CHOICES: Final = (1.0, 2.0, 5.0, 10.0, 20.0)
+TAU: Final = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0)
 
 
 class Metrics:
@@ -54,7 +58,9 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
         self._declare_engine()
-        self._declare_speculation()
+        self._speculation = SpeculationMetrics(self.registry, model_name)
+        self._controller = ControllerMetrics(model_name)
+        self.registry.register(self._controller)
         self._declare_requests()
         self._declare_http()
 
@@ -88,30 +94,15 @@ class Metrics:
             registry=self.registry,
         )
         self.engine_seconds = [seconds.labels(self._model_name, part) for part in ENGINE_PARTS]
+        phases = Counter(
+            "medusa_step_phase_seconds",
+            "The same seconds by phase of the step: drafting, forward passes, what else the model does (sampling and "
+            "verifying), the engine's own (scheduling, updating), messages to and from the API process.",
+            ["model_name", "phase"],
+            registry=self.registry,
+        )
+        self.phase_seconds = [phases.labels(self._model_name, phase) for phase in PHASES]
         self.engine_restarts = self._counter("engine_restarts", "Times the engine process died and was started again.")
-
-    def _declare_speculation(self) -> None:
-        self.drafts = self._counter("spec_decode_num_drafts", "Trees verified: one per request and step.")
-        self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tree nodes verified.")
-        self.accepted_tokens = self._counter("spec_decode_num_accepted_tokens", "Nodes accepted; no bonus tokens.")
-        accepted_per_depth = Counter(
-            "medusa_spec_decode_num_accepted_tokens_per_pos",
-            "Nodes accepted, by depth in the tree; position 0 is the first head.",
-            ["model_name", "position"],
-            registry=self.registry,
-        )
-        self.drafted_by_source = self._by_source("draft_tokens", "Tree nodes verified")
-        self.accepted_by_source = self._by_source("accepted_tokens", "Nodes accepted")
-        self.accepted_at = cache(lambda depth: accepted_per_depth.labels(self._model_name, depth))
-
-    def _by_source(self, name: str, text: str) -> list[Counter]:
-        declared = Counter(
-            f"medusa_spec_decode_num_{name}_by_source",
-            f"{text}, by who guessed them: heads, repeats of the request's own text (ngram), or its prediction.",
-            ["model_name", "source"],
-            registry=self.registry,
-        )
-        return [declared.labels(self._model_name, source) for source in DRAFT_SOURCES]
 
     def _declare_requests(self) -> None:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of choices whose first token came.")
@@ -139,6 +130,9 @@ class Metrics:
         self.inference_time = self._histogram("request_inference_time_seconds", "First step until the end.", LATENCY)
         self.request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens per choice.", TOKENS)
         self.request_generation = self._histogram("request_generation_tokens", "Tokens generated per choice.", TOKENS)
+        self.tokens_per_step = self._histogram(
+            "request_tokens_per_step", "Tokens per decoding step of a choice (tau); 1 is plain decoding.", TAU
+        )
         self.params_n = self._histogram("request_params_n", "The parameter n.", CHOICES)
         self.params_max_tokens = self._histogram("request_params_max_tokens", "The token limit of a choice.", TOKENS)
 
@@ -172,17 +166,14 @@ class Metrics:
             (self.preemptions, stats.num_preemptions),
             (self.prefix_queries, stats.prefix_cache_queries),
             (self.prefix_hits, stats.prefix_cache_hits),
-            (self.drafts, stats.num_drafts),
-            (self.draft_tokens, stats.num_draft_tokens),
-            (self.accepted_tokens, stats.num_accepted_tokens),
             *zip(self.engine_seconds, _seconds_by_part(stats), strict=True),
-            *zip(self.drafted_by_source, stats.drafted_by_source, strict=False),
-            *zip(self.accepted_by_source, stats.accepted_by_source, strict=False),
+            *zip(self.phase_seconds, _seconds_by_phase(stats), strict=True),
         ):
             if amount > 0:  # two clocks may disagree by a tick
                 counter.inc(amount)
-        for depth, accepted in enumerate(stats.accepted_per_depth):
-            self.accepted_at(depth).inc(accepted)
+        self._speculation.on_step(stats)
+        if stats.controller is not None:
+            self._controller.state = stats.controller
         if stats.num_rows:
             roots = stats.num_rows - stats.num_prompt_rows - stats.num_draft_tokens
             self.iteration_tokens.observe(stats.num_prompt_rows + roots + stats.num_accepted_tokens)
@@ -194,6 +185,7 @@ class Metrics:
         self.engine_restarts.inc()
         for gauge in (self.running, self.waiting, self.kv_cache_usage):
             gauge.set(0)
+        self._controller.state = None
 
     def on_end(self, reason: FinishReason) -> None:
         """Count the end of one choice."""
@@ -221,6 +213,23 @@ def _seconds_by_part(stats: StepStats) -> tuple[float, float, float, float]:
         stats.step_seconds - stats.model_seconds,
         stats.message_seconds,
     )
+
+
+def _seconds_by_phase(stats: StepStats) -> tuple[float, float, float, float, float]:
+    """In the order of PHASES; together the time that the engine was at work."""
+    return (
+        stats.draft_seconds,
+        stats.forward_seconds,
+        stats.model_seconds - stats.draft_seconds - stats.forward_seconds,
+        stats.step_seconds - stats.model_seconds,
+        stats.message_seconds,
+    )
+
+
+def _tokens_per_step(stats: RequestStats) -> float | None:
+    """Tau. The first token came from the prompt's step, which is not among the steps counted; None without others."""
+    num_steps = stats.speculation.num_steps
+    return (stats.num_output_tokens - 1) / num_steps if num_steps else None
 
 
 class RequestTimer:
@@ -260,3 +269,5 @@ class RequestTimer:
             metrics.prefill_time.observe(stats.prefill_seconds)
             metrics.decode_time.observe(stats.decode_seconds)
             metrics.inference_time.observe(stats.prefill_seconds + stats.decode_seconds)
+            if (tau := _tokens_per_step(stats)) is not None:
+                metrics.tokens_per_step.observe(tau)

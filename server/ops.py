@@ -1,4 +1,4 @@
-"""For operators: /health, /ready, /metrics and /version."""
+"""For operators: /health, /ready, /metrics, /debug/controller and /version."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server import __version__
+from server.controller_answers import ControllerAnswer, controller_answer
 from server.openai.answers import HealthAnswer, VersionAnswer
 from server.openai.service import ServiceDep
 
@@ -31,6 +32,14 @@ async def ready(service: ServiceDep) -> HealthAnswer:
 async def metrics(service: ServiceDep) -> Response:
     """Prometheus text."""
     return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/debug/controller", summary="How many guesses pay, and why")
+async def controller(service: ServiceDep) -> ControllerAnswer:
+    """What the engine knows of costs and gains: measured curves, calibration, speedups with their intervals, the latest
+    decisions. It tells about once a second while it works. Unlike /metrics this needs an API key if the server has any.
+    """
+    return controller_answer(service.engine.controller)
 
 
 @router.get("/version", summary="The server's version")

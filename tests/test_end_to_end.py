@@ -167,6 +167,30 @@ def test_heads_save_steps_and_say_so(server: Server) -> None:
     assert server.metric("medusa_spec_decode_num_accepted_tokens_total") > 0
 
 
+def test_costs_and_gains_are_told(server: Server) -> None:
+    deadline = time.monotonic() + 60
+    speedups: dict[str, Any] = {}
+    while speedups.get("1", {"num_steps": 0})["num_steps"] < 20:
+        assert time.monotonic() < deadline, "the engine tells nothing"
+        answer = server.post(**ask(QUESTIONS[1], max_tokens=64, ignore_eos=True))
+        assert answer["metrics"]["speedup"] > 0  # type: ignore[index]
+        told = httpx.get(f"{server.url}/debug/controller").json()
+        speedups = {speedup["batch"]: speedup for speedup in told["speedups"]}
+    together = speedups["all"]
+    assert 0 < together["low"] < together["ratio"] < together["high"]
+    assert server.metric("medusa_speedup_ratio", batch="all") == pytest.approx(together["ratio"])
+    assert told["run_curve"][0]["seconds"] == pytest.approx(server.metric("medusa_step_cost_seconds", rows="1"))
+    assert told["calibration"]
+    assert told["decisions"]
+    assert server.metric("medusa_tree_nodes_count") == server.metric("medusa_spec_decode_num_drafts_total") > 0
+    drafted = server.metric("medusa_spec_decode_num_draft_tokens_total")
+    assert server.metric("medusa_spec_decode_num_draft_tokens_per_pos_total") == drafted
+    num_choices = server.metric("medusa_request_tokens_per_step_count")
+    assert server.metric("medusa_request_tokens_per_step_sum") >= num_choices > 0
+    phases = server.metric("medusa_step_phase_seconds_total")
+    assert phases == pytest.approx(server.metric("medusa_engine_seconds_total"), rel=0.01)
+
+
 @pytest.mark.parametrize("options", [{}, SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"])
 def test_a_right_prediction_makes_it_faster_and_changes_nothing(server: Server, options: dict[str, object]) -> None:
     body = ask(QUESTIONS[1], **{**options, "max_tokens": 96, "ignore_eos": True})

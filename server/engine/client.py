@@ -26,6 +26,7 @@ from typing import Literal
 from server.engine.mailbox import Mailbox
 from server.engine.messages import (
     Abort,
+    ControllerState,
     Delta,
     EngineConfig,
     Failed,
@@ -67,6 +68,7 @@ def _ignore(*_: object) -> None:
 class EngineClient:
     """The engine, seen from the event loop. `info` is valid once `start()` has returned.
 
+    `controller` is what the present process has last told of costs and gains, None until it has.
     `on_step` hears of every step, `on_restart` of every process after the first, `on_dead` when no more are started.
     """
 
@@ -83,6 +85,7 @@ class EngineClient:
         target: Target = _run_worker,
     ) -> None:
         self.status: Status = "starting"
+        self.controller: ControllerState | None = None
         self._config = config
         self._on_step = on_step
         self._on_restart = on_restart
@@ -147,6 +150,7 @@ class EngineClient:
             self._process.send(Abort(request_id))
 
     def _launch(self) -> _EngineProcess:
+        self.controller = None
         self._process = _EngineProcess(self._target, self._config, self._hear)
         return self._process
 
@@ -198,6 +202,7 @@ class EngineClient:
                 mailbox.put(delta)
                 if delta.finish is not None:
                     del self._requests[delta.request_id]
+        self.controller = output.stats.controller or self.controller
         self._on_step(output.stats)
 
     def _fail_requests(self, message: str) -> None:

@@ -70,9 +70,13 @@ class SpeculativeDecoding(Answer):
 
 
 class RequestMetrics(Answer):
-    """Ours: how this very request was speculated, in vLLM's shape."""
+    """Ours: how this very request was speculated, in vLLM's shape, and what that won."""
 
     speculative_decoding: SpeculativeDecoding | None = Field(description="Null if the engine did not say.")
+    speedup: float | None = Field(
+        description="Time that plain decoding would have taken from the first token on, by the engine's estimate, over "
+        "the time taken. Null if the engine did not say, or if the first token was all."
+    )
 
 
 class PromptCandidate(Answer):

@@ -138,7 +138,11 @@ def metrics(choices: Sequence[Choice]) -> Json:
     """Ours. Null while the engine has not said it of every choice."""
     stats = [choice.stats for choice in choices]
     known = [stat.speculation for stat in stats if stat is not None]
-    return {"speculative_decoding": speculation(known) if len(known) == len(stats) else None}
+    is_complete = len(known) == len(stats)
+    return {
+        "speculative_decoding": speculation(known) if is_complete else None,
+        "speedup": speedup(known) if is_complete else None,
+    }
 
 
 def usage(choices: Sequence[Choice]) -> Json:
@@ -179,3 +183,9 @@ def speculation(stats: Sequence[SpeculationStats]) -> Json:
         "draft_acceptance_rate": accepted / drafted if drafted else None,
         "acceptance_histogram": [sum(counts) for counts in zip_longest(*histograms, fillvalue=0)],
     }
+
+
+def speedup(stats: Sequence[SpeculationStats]) -> float | None:
+    """Of all choices: what plain decoding would have taken, by the engine's estimate, over what was taken."""
+    taken = sum(stat.step_seconds for stat in stats)
+    return sum(stat.plain_seconds for stat in stats) / taken if taken > 0 else None

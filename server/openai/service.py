@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Protocol
 from fastapi import Depends, Request
 
 from server.admission import Admission
-from server.engine.messages import Delta, ModelInfo, Submit
+from server.engine.messages import ControllerState, Delta, ModelInfo, Submit
 from server.errors import EngineDeadError, ModelNotFoundError
 from server.metrics import Metrics
 from server.text.prompt import Tokenizer
@@ -27,6 +27,11 @@ class Engine(Protocol):
     def info(self) -> ModelInfo: ...
     @property
     def status(self) -> Status: ...
+    @property
+    def controller(self) -> ControllerState | None:
+        """What it last told of costs and gains."""
+        ...
+
     async def stop(self) -> None: ...
     def generate(self, submit: Submit) -> AsyncGenerator[Delta, None]:
         """Deltas up to the terminal one. Closing it earlier aborts the request. Raises EngineDeadError."""

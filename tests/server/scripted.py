@@ -19,6 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from server.app import create_app
 from server.engine.messages import (
+    ControllerState,
     Delta,
     FinishReason,
     ModelInfo,
@@ -97,6 +98,7 @@ class ScriptedEngine:
     def __init__(self, script: Script | None = None, *, max_model_len: int = 64) -> None:
         self.info = ModelInfo("tiny", VOCAB, max_model_len, (EOS,), 4, 1024, "cpu", "float32", "none")
         self.status = "ready"
+        self.controller: ControllerState | None = None
         self.script: Script = script or (lambda submit: say(submit, "Hello"))
         self.submits: list[Submit] = []
         self.aborted: list[str] = []

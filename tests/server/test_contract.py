@@ -51,7 +51,7 @@ POSTS: dict[str, dict[str, Any]] = {  # with what a schema cannot say: a convers
     },
     "/detokenize": {"tokens": [72, 105]},
 }
-GETS = ["/v1/models", "/v1/models/{model}", "/health", "/ready", "/metrics", "/version"]
+GETS = ["/v1/models", "/v1/models/{model}", "/health", "/ready", "/metrics", "/debug/controller", "/version"]
 
 pytestmark = pytest.mark.timeout(300 + EXAMPLES)
 

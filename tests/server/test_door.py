@@ -29,7 +29,7 @@ def error_of(response: httpx.Response, status: int) -> dict:
 
 
 @pytest.mark.parametrize("header", [None, "Bearer", "Bearer ", "Bearer sk-firs", "Bearer sk-first2", "Basic sk-first"])
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/nowhere"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/debug/controller", "/nowhere"])
 async def test_no_key_no_entry(path: str, header: str | None) -> None:
     headers = {} if header is None else {"authorization": header}
     async with client_of(app_of(ScriptedEngine(), options=KEYS)) as client:

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from scripted import EOS, MODEL, ScriptedEngine, say
 
-from server.engine.messages import StepStats
-from server.metrics import Metrics, RequestTimer
+from server.engine.messages import RequestStats, SpeculationStats, StepStats
+from server.metrics import PHASES, Metrics, RequestTimer
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -27,14 +27,13 @@ def test_steps() -> None:
         step_seconds=0.004,
         model_seconds=0.003,
         kernel_seconds=0.001,
+        draft_seconds=0.0005,
+        forward_seconds=0.002,
         message_seconds=0.0005,
         num_preemptions=1,
         num_drafts=2,
         num_draft_tokens=7,
         num_accepted_tokens=3,
-        accepted_per_depth=(2, 1),
-        drafted_by_source=(4, 2, 1),
-        accepted_by_source=(1, 2, 0),
         prefix_cache_queries=10,
         prefix_cache_hits=4,
     )
@@ -44,15 +43,6 @@ def test_steps() -> None:
     assert value(metrics, "num_requests_waiting") == 2
     assert value(metrics, "kv_cache_usage_perc") == 0.5
     assert value(metrics, "num_preemptions_total") == 2
-    assert value(metrics, "spec_decode_num_drafts_total") == 4
-    assert value(metrics, "spec_decode_num_draft_tokens_total") == 14
-    assert value(metrics, "spec_decode_num_accepted_tokens_total") == 6
-    assert value(metrics, "spec_decode_num_accepted_tokens_per_pos_total", position="0") == 4
-    assert value(metrics, "spec_decode_num_accepted_tokens_per_pos_total", position="1") == 2
-    sources = ("heads", "ngram", "prediction")
-    drafted = [value(metrics, "spec_decode_num_draft_tokens_by_source_total", source=source) for source in sources]
-    accepted = [value(metrics, "spec_decode_num_accepted_tokens_by_source_total", source=source) for source in sources]
-    assert (drafted, accepted) == ([8, 4, 2], [2, 4, 0])
     assert value(metrics, "prefix_cache_queries_total") == 20
     assert value(metrics, "prefix_cache_hits_total") == 8
     assert value(metrics, "iteration_tokens_total_sum") == 2 * (10 + 3 + 3)
@@ -60,11 +50,16 @@ def test_steps() -> None:
     assert value(metrics, "step_seconds_sum") == pytest.approx(0.008)
     parts = [value(metrics, "engine_seconds_total", part=part) for part in ("kernels", "model", "engine", "messages")]
     assert parts == pytest.approx([0.002, 0.004, 0.002, 0.001])
+    phases = [value(metrics, "step_phase_seconds_total", phase=phase) for phase in PHASES]
+    assert phases == pytest.approx([0.001, 0.004, 0.001, 0.002, 0.001])
+    assert sum(phases) == pytest.approx(sum(parts)) == pytest.approx(2 * (0.004 + 0.0005))
 
 
 def test_clocks_that_disagree_do_no_harm() -> None:
     metrics = Metrics("m")
-    metrics.on_step(StepStats(num_rows=1, step_seconds=0.002, model_seconds=0.002, kernel_seconds=0.0021))
+    seconds = {"step_seconds": 0.002, "model_seconds": 0.002, "kernel_seconds": 0.0021, "forward_seconds": 0.0021}
+    metrics.on_step(StepStats(num_rows=1, **seconds))
+    assert value(metrics, "step_phase_seconds_total", phase="verify") == 0
     assert value(metrics, "engine_seconds_total", part="kernels") == pytest.approx(0.0021)
     assert value(metrics, "engine_seconds_total", part="model") == 0
 
@@ -112,6 +107,20 @@ def test_tokens_of_a_step_share_its_gap(monkeypatch: pytest.MonkeyPatch) -> None
     assert value(metrics, "prompt_tokens_total") == 7
     assert value(metrics, "generation_tokens_total") == 6
     assert value(metrics, "request_queue_time_seconds_count") == 0
+
+
+@pytest.mark.parametrize(
+    ("num_output", "num_steps", "taus"),
+    [(10, 9, [1.0]), (10, 3, [3.0]), (1, 0, []), (0, 0, [])],
+)
+def test_tokens_per_step(num_output: int, num_steps: int, taus: list[float]) -> None:
+    """The first token is the prompt's step's, which is none of them: plain decoding has exactly 1."""
+    metrics = Metrics("m")
+    speculation = SpeculationStats(num_steps=num_steps)
+    timer = RequestTimer(metrics, 1.0, num_prompt_tokens=7, max_tokens=9)
+    timer.end("stop", RequestStats(7, 0, num_output, 0, 0.0, 0.0, 0.0, speculation))
+    assert value(metrics, "request_tokens_per_step_count") == len(taus)
+    assert value(metrics, "request_tokens_per_step_sum") == sum(taus)
 
 
 async def test_requests(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:

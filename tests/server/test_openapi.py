@@ -28,6 +28,7 @@ SHAPES = [
 @pytest.fixture
 def engine() -> ScriptedEngine:
     speculation = {"num_spec_steps": 2, "num_draft_tokens": 4, "num_accepted_draft_tokens": 1}
+    speculation |= {"num_steps": 3, "step_seconds": 0.5, "plain_seconds": 0.75}
     return ScriptedEngine(lambda submit: say(submit, "Hello", speculation=speculation), max_model_len=256)
 
 

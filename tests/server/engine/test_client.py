@@ -17,6 +17,7 @@ from server.engine import client as client_module
 from server.engine.client import EngineClient
 from server.engine.messages import (
     Abort,
+    ControllerState,
     Delta,
     EngineConfig,
     Failed,
@@ -70,6 +71,19 @@ def torrent(config: EngineConfig, inbox: Connection, outbox: Connection) -> None
         outbox.send(StepOutput((Delta(name, (token,), (TokenLogprobs(token, -1.0, top),)),), StepStats()))
     inbox.recv()
     os._exit(3)
+
+
+def telling(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
+    """Every second step tells what it knows, with the prompt's token as its error; dies at CRASH."""
+    outbox.send(Ready(INFO))
+    while not isinstance(message := inbox.recv(), Shutdown):
+        if isinstance(message, Submit):
+            token = message.prompt[0]
+            if token == CRASH:
+                os._exit(3)
+            state = ControllerState((), (), (), (), (), float(token), (), ())
+            outbox.send(StepOutput((Delta(message.request_id, (token,)),), StepStats(controller=state)))
+            outbox.send(StepOutput((Delta(message.request_id, (token,), finish="stop"),), StepStats()))
 
 
 def refusing(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
@@ -152,6 +166,19 @@ async def test_a_crash_fails_the_open_requests_and_the_engine_comes_back() -> No
         await until(lambda: engine.status == "ready")
         assert await collect(engine, "good", 1, 2) == [1, 2]
         assert len(restarts) == 1
+
+
+async def test_the_last_state_is_kept_and_dies_with_its_process() -> None:
+    async with running(EngineClient(EngineConfig(""), target=telling)) as engine:
+        assert engine.controller is None
+        for token in (1, 2):
+            assert await collect(engine, str(token), token) == [token, token]
+            assert engine.controller is not None
+            assert engine.controller.calibration_error == token
+        with pytest.raises(EngineDeadError):
+            await collect(engine, "bad", CRASH)
+        await until(lambda: engine.status == "ready")
+        assert engine.controller is None
 
 
 async def test_leaving_a_request_early_aborts_it(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ async def test_object(client: httpx.AsyncClient) -> None:
             "prompt_tokens_details": {"cached_tokens": 2},
             "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
         },
-        "metrics": {"speculative_decoding": nothing | rates},
+        "metrics": {"speculative_decoding": nothing | rates, "speedup": None},
     }
 
 
@@ -101,6 +101,15 @@ async def test_speculation_is_summed(client: httpx.AsyncClient, engine: Scripted
     }
 
 
+async def test_speedup_is_of_all_choices(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    one = {"num_steps": 2, "step_seconds": 1.0, "plain_seconds": 2.5}
+    two = {"num_steps": 3, "step_seconds": 3.0, "plain_seconds": 3.5}
+    engine.script = lambda submit: say(submit, "x", speculation=two if submit.sampling.choice else one)
+    assert (await post(client))["metrics"]["speedup"] == 2.5
+    assert (await post(client, n=2))["metrics"]["speedup"] == 1.5
+    assert (await stream(client, n=2))[-1]["metrics"]["speedup"] == 1.5
+
+
 async def test_end_of_sequence_counts_unseen(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     engine.script = lambda submit: say(submit, [72, 105, EOS], finish="stop")
     body = await post(client, skip_special_tokens=False)
@@ -144,7 +153,7 @@ async def test_what_the_engine_did_not_say_is_null(client: httpx.AsyncClient, en
     body = await post(client, stop="e")
     assert body["choices"][0]["text"] == "on"
     assert body["usage"]["prompt_tokens_details"] is None
-    assert body["metrics"]["speculative_decoding"] is None
+    assert body["metrics"] == {"speculative_decoding": None, "speedup": None}
 
 
 async def test_logprobs(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
