@@ -32,6 +32,7 @@ from models.tree import Guess
 
 TRUST: Final = 0.9  # in its own probabilities: it has seen all that came before, unlike parallel heads
 CONTEXT: Final = 512  # positions that the drafter looks back
+PENDING: Final = 192  # positions that it catches up with at most: who was not asked for long is asked cheaply
 
 
 class Guesser(Protocol):
@@ -67,7 +68,7 @@ class Memory:
         self.parts.append(states)
         self.count += len(states)
         self.end = start + len(states)
-        while self.count - len(self.parts[0]) >= CONTEXT:
+        while self.count - len(self.parts[0]) >= PENDING:
             self.count -= len(self.parts.pop(0))
 
 

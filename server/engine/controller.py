@@ -9,7 +9,7 @@ which is SmartSpec's goodput (arXiv 2406.14066) over dynamic trees. Seconds come
 the best number lies beyond it, so steps and plateaus of the curve need no special care; at saturation it is 0.
 
 Whether the heads are asked at all is decided by the same rule from what they lately brought to such a batch and to this
-request, with the time of asking added; every now and then all are asked once more.
+request, with the time of asking added. While they do not pay, some requests are asked every now and then.
 
 Invariants:
 - the text does not depend on anything here;
@@ -36,8 +36,10 @@ MAX_FORCED: Final = 15  # tokens that a grammar forces, per step: more of them p
 MAX_OFFERED: Final = 512  # nodes that are looked at in one step; in a crowd no tree gets large
 LEAST_OFFERED: Final = 8  # by each request nevertheless
 NUM_DECISIONS: Final = 32  # kept for people
-PROBE_COST: Final = 0.005  # of the time: what asking the heads once more may cost while they do not pay
-PROBE_EVERY: Final = (8, 400)  # steps, at least and at most
+PROBE_COST: Final = 0.001  # of the time: what asking the heads once more may cost while they do not pay
+PROBE_EVERY: Final = (16, 400)  # steps, at least and at most
+PROBED_SHARE: Final = 0.25  # of the requests
+REST_STEPS: Final = 8
 FORGETTING: Final = 0.05  # of a running estimate, with each step
 LEAST_GAIN: Final = 0.05  # in tokens per second, for which heads are asked: estimates are not better than that
 MAX_QUALITY: Final = 4.0
@@ -66,6 +68,14 @@ class _Gain:
         rate = max(FORGETTING, 1 / (1 + self.num_seen))
         self.value += rate * (value - self.value)
         self.nodes += rate * (nodes - self.nodes)
+
+
+@dataclass(slots=True)
+class Rest:
+    """Steps that heads are not considered in, at batches of one size."""
+
+    bucket: int
+    num_steps: int
 
 
 @dataclass(slots=True)
@@ -117,7 +127,8 @@ class Controller:
         self._random = Random(seed)
         self._control_left = 0  # of a run of control steps
         self._gains = [_Gain() for _ in range(NUM_BUCKETS)]
-        self._unasked_steps = 0  # since all were asked
+        self._unasked_steps = 0  # since anybody was asked
+        self._rest = Rest(0, 0)
         self._nodes_per_request = float(min(num_nodes, 4))  # lately taken by those who could draft
 
     def bounds(self, requests: Sequence[Request]) -> list[Bound]:
@@ -153,13 +164,28 @@ class Controller:
             return True
         return False
 
+    def considers_heads(self, num_decoding: int) -> bool:
+        """Is it to be looked at who might ask? Not for some steps after it paid for nobody in such a batch."""
+        if not self._rest.num_steps or self._rest.bucket != bucket(num_decoding):
+            return True
+        self._rest.num_steps -= 1
+        self._unasked_steps += 1
+        return False
+
     def ask(self, load: Load, drafting: Drafting) -> list[float | None]:
         """Whom the heads are to guess for, and what a guess must be worth to pay."""
         able = [i for i, room in enumerate(drafting.rooms) if room > 0]
         if not able:
             return [None] * len(drafting.rooms)
-        chosen = set(able if self._is_probing(load, len(able)) else self._worth_asking(load, drafting))
-        self._unasked_steps = 0 if len(chosen) == len(able) else self._unasked_steps + 1
+        chosen = set(self._worth_asking(load, drafting))
+        if chosen:
+            self._unasked_steps = 0
+        elif self._is_probing(load):
+            self._unasked_steps = 0
+            chosen = set(self._random.sample(able, ceil(len(able) * PROBED_SHARE)))
+        else:
+            self._unasked_steps += 1
+            self._rest = Rest(bucket(load.num_decoding), REST_STEPS)
         price = self._price(load, len(chosen))
         return [price if i in chosen else None for i in range(len(drafting.rooms))]
 
@@ -172,10 +198,11 @@ class Controller:
         more = self.cost.run.seconds(load.num_rows + rows) - self.cost.run.seconds(load.num_rows)
         return self._worth(load) * more / rows / plain
 
-    def _is_probing(self, load: Load, num_able: int) -> bool:
-        step, draft = self.cost.step_seconds(load), self.cost.draft_seconds(num_able)
-        most = draft / (PROBE_COST * step) if step > 0 else 0.0
-        return self._unasked_steps >= min(max(most, PROBE_EVERY[0]), PROBE_EVERY[1])
+    def _is_probing(self, load: Load) -> bool:
+        """Are some to be asked once more although it did not pay lately?"""
+        step, draft = self.cost.step_seconds(load), self.cost.draft_seconds(load.num_decoding)
+        steps = PROBED_SHARE * draft / (PROBE_COST * step) if step > 0 else 0.0
+        return self._unasked_steps >= min(max(steps, PROBE_EVERY[0]), PROBE_EVERY[1])
 
     def _worth_asking(self, load: Load, drafting: Drafting) -> list[int]:
         """The best number of requests, those first whom the heads bring most."""
@@ -278,6 +305,9 @@ class Controller:
 
 class StaticController(Controller):
     """Everybody gets all they may, cut evenly where rows or slots are short: for comparison."""
+
+    def considers_heads(self, num_decoding: int) -> bool:
+        return True
 
     def ask(self, load: Load, drafting: Drafting) -> list[float | None]:
         return [0.0 if room > 0 else None for room in drafting.rooms]

@@ -122,7 +122,8 @@ class Runner:
         return self._max_depth(request) > 0 and (self._has_heads(request) or self.can_copy(request))
 
     def can_copy(self, request: Request) -> bool:
-        return bool(self._copied(request)) or _is_constrained(request)
+        has_source = bool(self._copied(request)) or _is_constrained(request)
+        return has_source and self._max_depth(request) > 0
 
     def room_for_heads(self, request: Request) -> float:
         if not self._has_heads(request):

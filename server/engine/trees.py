@@ -39,7 +39,7 @@ def grow(
 ) -> Trees:
     """Draft for decoding requests and hang what pays below their roots."""
     load = _load(works)
-    able = _able(works, runner)
+    able = _able(works, runner, considers_heads=controller.considers_heads(load.num_decoding))
     bounds = controller.bounds([work.request for work in able])
     chosen = [(work, bound) for work, bound in zip(able, bounds, strict=True) if any(bound)]
     if not chosen:
@@ -70,12 +70,13 @@ def grow(
     )
 
 
-def _able(works: Sequence[Work], runner: ModelRunner) -> list[Work]:
+def _able(works: Sequence[Work], runner: ModelRunner, *, considers_heads: bool) -> list[Work]:
     """Whose chain ends in a root that there are guesses for."""
     ending = [work for work in works if work.reaches_end]
 
     def can_draft(requests: Sequence[Request]) -> list[bool]:
-        return [runner.can_draft(request) for request in requests]
+        can = runner.can_draft if considers_heads else runner.can_copy
+        return [can(request) for request in requests]
 
     found = guarded(can_draft, [work.request for work in ending], runner.check)
     for work, can in zip(ending, found, strict=True):
