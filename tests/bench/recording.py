@@ -101,7 +101,7 @@ def _decode(engine: Engine, prompts: Sequence[tuple[int, ...]], max_tokens: int)
 def _trace(noted: Sequence[_Noted], text: Sequence[int]) -> Trace:
     return [
         Step(
-            each.num_tokens,
+            each.num_tokens - 1,
             each.draft.parents,
             each.draft.values,
             right_path(each.draft.tokens, each.draft.parents, text[each.num_tokens :]),

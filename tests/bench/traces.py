@@ -33,7 +33,7 @@ DIGITS = 4  # of a value
 class Step:
     """The draft after one token of a text."""
 
-    num_keys: int  # tokens before it
+    num_keys: int  # tokens before that one
     parents: tuple[int, ...]
     values: tuple[float, ...]
     right: tuple[int, ...]
