@@ -50,9 +50,7 @@ class _Recorder(Controller):
 
 def record(model: Path, heads: Path | None, prompts: Sequence[Prompt], num_nodes: int, max_tokens: int) -> Traces:
     """Load the model, measure what its steps cost, and decode. Raises BenchError if there is nobody who guesses."""
-    config = EngineConfig(
-        str(model), None if heads is None else str(heads), max_num_seqs=AT_A_TIME, num_nodes=num_nodes, ngram=False
-    )
+    config = EngineConfig(str(model), None if heads is None else str(heads), num_nodes=num_nodes, ngram=False)
     engine = Engine(config, Runner.load(config))
     warm_up(engine)
     return record_from(engine, encoded(model, prompts), num_nodes, max_tokens)
@@ -86,15 +84,16 @@ def costs_of(state: ControllerState) -> dict[str, Any]:
 def _decode(engine: Engine, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[list[int]]:
     """Each prompt with its greedy answer."""
     texts = [list(prompt) for prompt in prompts]
-    for i, prompt in enumerate(prompts):
-        refused = engine.submit(Submit(str(i), prompt, SamplingParams(max_tokens, temperature=0)))
-        if refused is not None:
-            raise BenchError(f"a prompt was refused: {refused.error}")
-    while engine.has_work:
-        for delta in engine.step().deltas:
-            if delta.error is not None:
-                raise BenchError(f"the engine failed: {delta.error}")
-            texts[int(delta.request_id)] += delta.token_ids
+    for first in range(0, len(prompts), AT_A_TIME):
+        for i, prompt in enumerate(prompts[first : first + AT_A_TIME], first):
+            refused = engine.submit(Submit(str(i), prompt, SamplingParams(max_tokens, temperature=0)))
+            if refused is not None:
+                raise BenchError(f"a prompt was refused: {refused.error}")
+        while engine.has_work:
+            for delta in engine.step().deltas:
+                if delta.error is not None:
+                    raise BenchError(f"the engine failed: {delta.error}")
+                texts[int(delta.request_id)] += delta.token_ids
     return texts
 
 
