@@ -30,6 +30,7 @@ from models.kv_pool import KVPool
 from models.sampling import gumbel_from_keys, noise_key
 from models.tree import Guess
 
+TRUST: Final = 0.9  # in its own probabilities: it has seen all that came before, unlike parallel heads
 CONTEXT: Final = 512  # positions that the drafter looks back
 
 
@@ -87,7 +88,8 @@ class SequentialDrafter:
     def __init__(self, heads: SequentialHeads, guesser: Guesser, pool: KVPool, num_slots: int) -> None:
         """`pool` has one layer, and slots beyond `num_slots` for guesses."""
         self.num_heads, self.sees_all = heads.num_heads, True
-        self.calibration = Calibration((heads.accuracies or DEFAULT_ACCURACIES)[: heads.num_heads], heads.num_heads)
+        accuracies = (heads.accuracies or DEFAULT_ACCURACIES)[: heads.num_heads]
+        self.calibration = Calibration(accuracies, heads.num_heads, trust=TRUST)
         self._offers = Offers(self.calibration)
         self._token_ids = heads.token_ids
         self._guesser = guesser
@@ -128,13 +130,13 @@ class SequentialDrafter:
         """The best guesses for each, with calibrated values, best first."""
         self._offers.learn([(ask.request, ask.text) for ask in asks])
         trees = []
-        for ask, grown in zip(asks, self._grown(asks), strict=True):
+        for ask, grown in zip(asks, self.grown(asks), strict=True):
             tree, offer = self.calibration.calibrated(grown, ask.kind)
             self._offers.put(ask.request, len(ask.text), offer)
             trees.append(tree)
         return trees
 
-    def _grown(self, asks: Sequence[Ask]) -> list[list[Guess]]:
+    def grown(self, asks: Sequence[Ask]) -> list[list[Guess]]:
         """The best guesses for each, with the layer's own values."""
         self._next_slot = self._num_slots + 1
         plain, others = ([i for i, ask in enumerate(asks) if _is_plain(ask) is kind] for kind in (True, False))
@@ -162,8 +164,8 @@ class SequentialDrafter:
         """The rows that a request's text has more than its K and V, to be computed now."""
         memory, root = self._memories[ask.request], len(ask.text) - 1
         first = root - memory.count + 1  # the state before it is the oldest one kept
-        own = np.array(ask.slots[first:root], dtype=np.int64)
-        before = np.array(ask.slots[max(first - CONTEXT, 0) : first], dtype=np.int64)
+        slots = np.frombuffer(ask.slots, dtype=np.int64) if root else np.empty(0, dtype=np.int64)
+        own, before = slots[first:root], slots[max(first - CONTEXT, 0) : first]
         context = before[self._is_valid[before]]
         self._is_valid[own] = True
         states = memory.parts[0] if len(memory.parts) == 1 else torch.cat(memory.parts)
@@ -171,7 +173,7 @@ class SequentialDrafter:
         return Chain(
             torch.from_numpy(context).to(self._device),
             torch.tensor(ask.text[first : root + 1], device=self._device),
-            torch.from_numpy(np.append(own, self._take_slot())).to(self._device),
+            torch.tensor([*own.tolist(), self._take_slot()], device=self._device),
             states,
             first,
             ask.num_nodes,

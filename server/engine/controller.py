@@ -25,11 +25,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from random import Random
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-import numpy as np
-
-from server.engine.cost import CostModel, Floats, Load
+from server.engine.cost import CostModel, Features, Load, total
 from server.engine.messages import Decision
 from server.engine.request import Draft, Request
 
@@ -44,8 +42,6 @@ FORGETTING: Final = 0.05  # of a running estimate, with each step
 MAX_QUALITY: Final = 4.0
 PRICED_NODES: Final = 4  # of each request's tree: how far the price of a row looks
 NUM_BUCKETS: Final = 12
-
-Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Bound(NamedTuple):
@@ -77,7 +73,7 @@ class Drafting:
     requests: list[Request]
     bounds: list[Bound]
     rooms: list[float]  # the probability that a guess of the heads would matter; 0 for whom they cannot guess
-    features: Floats  # [requests, features] of one more row of each
+    features: list[Features]  # of one more row of each
     asks: list[float | None] = field(default_factory=list)  # what a guess of the heads must be worth; None: not asked
 
     @property
@@ -161,28 +157,36 @@ class Controller:
 
     def _worth_asking(self, load: Load, drafting: Drafting) -> list[int]:
         """The best number of requests, those first whom the heads bring most."""
-        weights = np.array([request.draft_quality for request in drafting.requests]) * np.array(drafting.rooms)
-        order = np.argsort(-weights, kind="stable")
-        order = order[weights[order] > 0]
+        weights = [r.draft_quality * room for r, room in zip(drafting.requests, drafting.rooms, strict=True)]
+        order = sorted([i for i, weight in enumerate(weights) if weight > 0], key=lambda i: -weights[i])
         if not self.cost.run.is_known:
-            return [int(i) for i in order]
+            return order
         gain = self._gains[bucket(load.num_decoding)]
-        values, nodes = gain.value * weights[order], np.minimum(gain.nodes * weights[order], MAX_NODES)
-        seconds = self._seconds(load, np.cumsum(nodes), np.cumsum(nodes[:, None] * drafting.features[order], axis=0))
-        seconds[1:] += self.cost.draft.at(np.arange(1.0, len(order) + 1))
-        tokens = _summed(values) + self._worth(load)
-        return [int(i) for i in order[: int(np.argmax(tokens / seconds))]]
+        tokens, extra = self._worth(load), self.cost.extra(load.features)
+        rest = self.cost.rest.seconds(load.num_decoding)
+        rows, best = float(load.num_rows), 0
+        best_rate = tokens / (rest + total(self.cost.run.seconds(rows), extra))
+        for count, i in enumerate(order, 1):
+            nodes = min(gain.nodes * weights[i], MAX_NODES)
+            tokens, rows = tokens + gain.value * weights[i], rows + nodes
+            extra += nodes * self.cost.extra(drafting.features[i])
+            seconds = total(self.cost.run.seconds(rows), extra) + self.cost.draft.seconds(count) + rest
+            rate = tokens / seconds
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return order[:best]
 
     def choose(self, load: Load, drafting: Drafting, drafts: Sequence[Draft], row_budget: int) -> list[int]:
         """How many nodes of each draft are verified: together at most `row_budget`."""
-        num_asking = drafting.num_asking
-        values: Floats = np.array([value for draft in drafts for value in draft.values])
-        owners: Integers = np.repeat(np.arange(len(drafts)), [len(draft.values) for draft in drafts])
-        order = np.argsort(-values, kind="stable")[: max(row_budget, 0)]
-        taken = order[: self._best_number(load, values[order], drafting.features[owners[order]], num_asking)]
-        counts: list[int] = np.bincount(owners[taken], minlength=len(drafts)).tolist()
+        offers = [(-value, i) for i, draft in enumerate(drafts) for value in draft.values]
+        num_offered = len(offers)
+        offers.sort()
+        taken = offers[: self._best_number(load, drafting, offers[: max(row_budget, 0)])]
+        counts = [0] * len(drafts)
+        for _, i in taken:
+            counts[i] += 1
         self._learn(load, drafting, drafts, counts)
-        self._note(load, num_asking, len(values), values[taken])
+        self._note(load, drafting.num_asking, num_offered, [-cost for cost, _ in taken])
         return counts
 
     def note_control(self, load: Load) -> None:
@@ -191,20 +195,22 @@ class Controller:
             Decision(load.num_decoding, load.num_rows, 0, 0, 0, None, float(load.num_decoding), is_control=True)
         )
 
-    def _best_number(self, load: Load, values: Floats, features: Floats, num_asking: int) -> int:
-        """Of nodes, whose values fall."""
-        if not self.cost.run.is_known:
-            return len(values)
-        seconds = self._seconds(load, np.arange(1.0, len(values) + 1), np.cumsum(features, axis=0))
-        tokens = _summed(values) + self._worth(load)
-        return int(np.argmax(tokens / (seconds + self.cost.draft_seconds(num_asking))))
-
-    def _seconds(self, load: Load, more_rows: Floats, more_features: Floats) -> Floats:
-        """[1 + n]: of the step without trees, then with so many rows and their features more."""
-        rows = load.num_rows + np.concatenate([[0.0], more_rows])
-        features = load.features + np.concatenate([np.zeros((1, len(load.features))), more_features])
-        found: Floats = self.cost.run_seconds(rows, features) + self.cost.rest.seconds(load.num_decoding)
-        return found
+    def _best_number(self, load: Load, drafting: Drafting, offers: Sequence[tuple[float, int]]) -> int:
+        """Of nodes, best first: (minus the value, whose)."""
+        if not self.cost.run.is_known or not offers:
+            return len(offers)
+        seconds = self.cost.run.line(load.num_rows, len(offers))
+        extras = [self.cost.extra(features) for features in drafting.features]
+        tokens, extra = self._worth(load), self.cost.extra(load.features)
+        rest = self.cost.rest.seconds(load.num_decoding) + self.cost.draft_seconds(drafting.num_asking)
+        best, best_rate = 0, tokens / (rest + total(seconds[0], extra))
+        for count, (cost, i) in enumerate(offers, 1):
+            tokens -= cost
+            extra += extras[i]
+            rate = tokens / (rest + total(seconds[count], extra))
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return best
 
     def _worth(self, load: Load) -> float:
         """Tokens that the step is worth without trees.
@@ -231,9 +237,9 @@ class Controller:
                 request, quality = drafting.requests[i], value / drafting.rooms[i] / mean
                 request.draft_quality += FORGETTING * (min(quality, MAX_QUALITY) - request.draft_quality)
 
-    def _note(self, load: Load, num_asking: int, num_offered: int, values: Floats) -> None:
-        least = float(values[-1]) if len(values) else None
-        expected = load.num_decoding + float(values.sum())
+    def _note(self, load: Load, num_asking: int, num_offered: int, values: Sequence[float]) -> None:
+        least = values[-1] if values else None
+        expected = load.num_decoding + sum(values)
         self.decisions.append(
             Decision(
                 load.num_decoding,
@@ -263,7 +269,7 @@ class StaticController(Controller):
             left -= counts[i]
         taken = [value for draft, count in zip(drafts, counts, strict=True) for value in draft.values[:count]]
         self._nodes_per_request += FORGETTING * (len(taken) / max(len(counts), 1) - self._nodes_per_request)
-        self._note(load, drafting.num_asking, sum(wanted), np.array(sorted(taken, reverse=True)))
+        self._note(load, drafting.num_asking, sum(wanted), sorted(taken, reverse=True))
         return counts
 
 
@@ -273,8 +279,3 @@ def _brought(draft: Draft, count: int) -> tuple[float, int]:
         value for value, source in zip(draft.values[:count], draft.sources[:count], strict=True) if source == "heads"
     ]
     return sum(values), len(values)
-
-
-def _summed(values: Floats) -> Floats:
-    """[1 + n]: sums of the first 0, 1, ..., n."""
-    return np.concatenate([[0.0], np.cumsum(values)])

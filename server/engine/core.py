@@ -165,9 +165,9 @@ class Engine:
         taken = now - (started if self._ran_at is None else self._ran_at)  # from one forward pass to the next
         self._ran_at = now
         load, cost = trees.load, self.cost
-        features = load.features + trees.node_features
+        features = [a + b for a, b in zip(load.features, trees.node_features, strict=True)]
         num_rows = load.num_rows + trees.num_nodes
-        nodes = cost.run_seconds_of(num_rows, features) - cost.run_seconds_of(load.num_rows, load.features)
+        nodes = cost.run_seconds(num_rows, features) - cost.run_seconds(load.num_rows, load.features)
         plain = self._meter.plain(load, taken, nodes + trees.draft_seconds, is_control=trees.is_control)
         if load.is_pure and load.num_decoding:
             cost.learn_run(num_rows, features, self._run_seconds)

@@ -8,7 +8,7 @@ Invariants:
 - no single step moves an estimate by more than a few percent: what is learned is the clipped logarithm of measured over
   expected, so a hiccup weighs as much as any step that took a little longer, and estimates settle near the median;
 - more rows never cost less;
-- pure numpy: no torch, no clock.
+- no torch, no clock; plain numbers, since steps may be as short as ten calls of numpy.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
-from typing import Any, Final
+from operator import mul
+from typing import Final
 
 import numpy as np
 
 from server.engine.messages import CurvePoint
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
+Features = Sequence[float]  # in the order of FEATURES
 
 ROWS: Final = (*range(1, 13), 16, 17, 20, 24, 32, 33, 40, 48, 64, 65, 96, 128, 192, 256, 384, 512)
 REQUESTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+USUAL_KEYS: Final = 256  # that a row looks at; `keys` are those beyond, and may be below 0
 FEATURES: Final = ("keys", "requests", "sampled rows", "constrained rows")  # of all rows together
-FIRST_EXTRAS: Final = (1e-8, 2e-5, 5e-5, 5e-5)  # seconds each, until measured
+LEAST_SHARE: Final = 0.1
+FIRST_EXTRAS: Final = (1e-9, 2e-5, 5e-5, 5e-5)  # seconds each, until measured
 MOST: Final = 0.3  # of the logarithm of measured over expected; what is beyond is an outlier
 RATE: Final = 0.01  # of a knot, with each step at it: nodes are chosen by differences of a few percent
 LEVEL_RATE: Final = 0.02  # of the whole curve: a machine that is slower today is slower everywhere
@@ -46,29 +49,29 @@ class Curve:
         self._line: list[float] | None = None
         self.is_known = False
 
-    def at(self, x: Floats) -> Floats:
-        """Seconds at each `x`; 0 while nothing was measured."""
-        line, knots = self._believed(), self._knots
-        slope = (line[-1] - line[-2]) / (knots[-1] - knots[-2])
-        found: Floats = np.interp(x, knots, line) + np.maximum(x - knots[-1], 0.0) * slope
-        return found
-
     def seconds(self, x: float) -> float:
-        """The same for one number."""
+        """Seconds at `x`; 0 while nothing was measured."""
         line, knots = self._believed(), self._knots
         right = min(max(bisect_left(knots, x), 1), len(knots) - 1)
         share = (x - knots[right - 1]) / (knots[right] - knots[right - 1])
         return line[right - 1] + max(share, 0.0) * (line[right] - line[right - 1])
 
+    def line(self, start: int, count: int) -> list[float]:
+        """Seconds at `start`, `start + 1`, ..., `start + count`."""
+        if start + count > self._knots[-1]:
+            return [self.seconds(start + i) for i in range(count + 1)]
+        line: list[float] = np.interp(np.arange(start, start + count + 1), self._knots, self._believed()).tolist()
+        return line
+
     def measure(self, points: Sequence[tuple[int, float]]) -> None:
-        """Take measurements for true; knots between them lie on straight lines."""
-        xs, ys = zip(*sorted(points), strict=True)
-        seconds = np.interp(self._knots, xs, ys)
-        if len(xs) > 1:  # beyond them the last measured slope, from the first point on: single slopes are noise
-            slope = max(ys[-1] - ys[0], 0.0) / (xs[-1] - xs[0])
-            seconds += np.maximum(np.array(self._knots) - xs[-1], 0.0) * slope
-        self._seconds = seconds.tolist()
-        self._counts = [MEASURED if knot in xs else 0.0 for knot in self._knots]
+        """Take measurements for true; knots between them lie on straight lines, and beyond them on the last slope."""
+        known = sorted(points)
+        (first, low), (last, high) = known[0], known[-1]
+        slope = max(high - low, 0.0) / (last - first) if last > first else 0.0  # over all: single slopes are noise
+        within = np.interp(self._knots, [x for x, _ in known], [y for _, y in known]).tolist()
+        self._seconds = [y + max(knot - last, 0.0) * slope for knot, y in zip(self._knots, within, strict=True)]
+        measured = {float(x) for x, _ in known}
+        self._counts = [MEASURED if knot in measured else 0.0 for knot in self._knots]
         self._line, self.is_known = None, any(self._seconds)
 
     def learn(self, x: float, surprise: float) -> None:
@@ -123,8 +126,8 @@ class Load:
     num_rows: int
     num_prompt_rows: int  # of them, those that nothing is sampled from
     num_decoding: int  # requests that get a token from this step
-    features: Floats  # [features], sums over all rows
-    decoding_features: Floats  # [features], without those of prompt rows
+    features: Features  # sums over all rows
+    decoding_features: Features  # without those of prompt rows
 
     @property
     def is_pure(self) -> bool:
@@ -143,45 +146,52 @@ class CostModel:
         self.run = Curve(ROWS)
         self.draft = Curve(REQUESTS)  # by requests that ask the heads
         self.rest = Curve(REQUESTS)  # by requests in the step
-        self.extras: Floats = np.array(FIRST_EXTRAS)
+        self._extras = list(FIRST_EXTRAS)
 
-    def run_seconds(self, num_rows: Floats | float, features: Floats) -> Floats:
-        """Forward pass, sampling and verification. features: [..., features]."""
-        found: Floats = self.run.at(np.asarray(num_rows)) + (features @ self.extras if self.run.is_known else 0.0)
-        return found
+    def extra(self, features: Features) -> float:
+        """Seconds for these features; 0 while nothing was measured."""
+        return sum(map(mul, features, self._extras)) if self.run.is_known else 0.0
 
-    def run_seconds_of(self, num_rows: float, features: Floats) -> float:
-        """The same for one step. features: [features]."""
-        return self.run.seconds(num_rows) + (float(features @ self.extras) if self.run.is_known else 0.0)
+    def run_seconds(self, num_rows: float, features: Features) -> float:
+        """Forward pass, sampling and verification."""
+        return total(self.run.seconds(num_rows), self.extra(features))
 
     def step_seconds(self, load: Load) -> float:
         """The whole step, if nobody drafts."""
-        return self.run_seconds_of(load.num_rows, load.features) + self.rest.seconds(load.num_decoding)
+        return self.run_seconds(load.num_rows, load.features) + self.rest.seconds(load.num_decoding)
 
     def draft_seconds(self, num_asking: int) -> float:
         return self.draft.seconds(num_asking) if num_asking else 0.0
 
-    def learn_run(self, num_rows: int, features: Floats, seconds: float) -> None:
+    def learn_run(self, num_rows: int, features: Features, seconds: float) -> None:
         """A step without prompt rows took so long; each part of the estimate moves by its share in it."""
         if seconds <= 0:
             return
         if not self.run.is_known:
             self.run.take(num_rows, seconds)
             return
-        parts = features * self.extras
-        expected = self.run.seconds(num_rows) + float(parts.sum())
+        parts = list(map(mul, features, self._extras))
+        expected = total(self.run.seconds(num_rows), sum(parts))
         surprise = _clipped(seconds, expected)
         self.run.learn(num_rows, surprise)
-        self.extras *= np.exp(EXTRA_RATE * surprise * parts / expected)
+        self._extras = [
+            extra * exp(EXTRA_RATE * surprise * part / expected)
+            for extra, part in zip(self._extras, parts, strict=True)
+        ]
 
     def extra_seconds(self) -> tuple[tuple[str, float], ...]:
         """For people."""
-        return tuple(zip(FEATURES, self.extras.tolist(), strict=True))
+        return tuple(zip(FEATURES, self._extras, strict=True))
 
     def measure_extra(self, name: str, seconds: float) -> None:
         """What one unit of a feature costs, measured by itself. Noise below zero says: next to nothing."""
         place = FEATURES.index(name)
-        self.extras[place] = max(seconds, FIRST_EXTRAS[place] / 100)
+        self._extras[place] = max(seconds, FIRST_EXTRAS[place] / 100)
+
+
+def total(seconds: float, extra: float) -> float:
+    """Both together; `extra` is below 0 for rows that look at few keys, and no estimate may follow it below 0."""
+    return max(seconds + extra, LEAST_SHARE * seconds)
 
 
 def _clipped(seconds: float, expected: float) -> float:

@@ -346,7 +346,8 @@ class Runner:
         if self.drafter is None or not num_chain or not _speculates(work.request):
             return
         chosen = [*range(num_chain), *(num_chain + node for node in path)]
-        states = hidden if len(chosen) == len(hidden) else hidden[chosen]
+        is_start = chosen[-1] == len(chosen) - 1
+        states = hidden[: len(chosen)] if is_start else hidden[chosen]
         self.drafter.remember(work.request.id, work.start + work.num_chain - num_chain, states)
 
     def _accept(self, work: Work, rows: Sequence[Row], sampled: Sequence[int], logits: Tensor) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from server.engine.cost import CostModel, Load
 from server.engine.messages import Speedup
 
 WINDOW: Final = 5000.0  # steps of one batch size that are remembered, the latest most
+KEPT: Final = 1 - 1 / WINDOW
 CONTROL_WINDOW: Final = 200.0
 PRIOR_STEPS: Final = 5.0  # control steps that the cost model's own estimate counts for
 PRIOR_SPREAD: Final = 0.1  # of a control step's time around the expected
@@ -77,10 +78,13 @@ class Sums:
 
     def add(self, taken: float, modelled: float, known: float) -> None:
         plain = modelled * self.correction.mean + known
-        news = (1.0, taken, modelled, known, taken * taken, plain * plain, taken * plain)
-        names = ("num", "taken", "modelled", "known", "taken_squares", "plain_squares", "products")
-        for name, value in zip(names, news, strict=True):
-            setattr(self, name, getattr(self, name) * (1 - 1 / WINDOW) + value)
+        self.num = self.num * KEPT + 1
+        self.taken = self.taken * KEPT + taken
+        self.modelled = self.modelled * KEPT + modelled
+        self.known = self.known * KEPT + known
+        self.taken_squares = self.taken_squares * KEPT + taken * taken
+        self.plain_squares = self.plain_squares * KEPT + plain * plain
+        self.products = self.products * KEPT + taken * plain
 
     @property
     def plain(self) -> float:

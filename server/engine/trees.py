@@ -8,12 +8,10 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass
 
 from server.engine.controller import Bound, Controller, Drafting
-from server.engine.cost import FEATURES, Floats, Load
+from server.engine.cost import FEATURES, USUAL_KEYS, Features, Load
 from server.engine.guard import guarded
 from server.engine.model import ModelRunner
 from server.engine.request import Draft, Request, Work
@@ -26,7 +24,7 @@ class Trees:
 
     load: Load
     num_nodes: int = 0
-    node_features: Floats = field(default_factory=lambda: np.zeros(len(FEATURES)))
+    node_features: Features = (0.0,) * len(FEATURES)
     num_asking: int = 0
     draft_seconds: float = 0.0
     is_control: bool = False
@@ -59,7 +57,13 @@ def grow(
     for work, draft, count in zip(able, drafts, counts, strict=True):
         if count:
             scheduler.place(work, draft.first(count))
-    return Trees(load, sum(counts), np.array(counts) @ drafting.features, drafting.num_asking, seconds)
+    return Trees(
+        load,
+        sum(counts),
+        _summed([(count, row) for count, row in zip(counts, drafting.features, strict=True) if count]),
+        drafting.num_asking,
+        seconds,
+    )
 
 
 def _able(works: Sequence[Work], runner: ModelRunner) -> list[Work]:
@@ -80,9 +84,7 @@ def _drafting(requests: list[Request], bounds: list[Bound], runner: ModelRunner)
         runner.room_for_heads(request) if bound.guesses else 0.0
         for request, bound in zip(requests, bounds, strict=True)
     ]
-    return Drafting(
-        requests, bounds, rooms, np.array([_row(request, request.num_computed) for request in requests], dtype=float)
-    )
+    return Drafting(requests, bounds, rooms, [_row(request, request.num_computed) for request in requests])
 
 
 def _drafts(works: Sequence[Work], drafting: Drafting, runner: ModelRunner) -> list[Draft]:
@@ -98,23 +100,28 @@ def _drafts(works: Sequence[Work], drafting: Drafting, runner: ModelRunner) -> l
     return [Draft() if made is None else made for made in found]
 
 
-def _row(request: Request, num_keys: int) -> tuple[float, float, float, float]:
+def _row(request: Request, num_keys: int) -> Features:
     """Features of one more row of a request, which looks at so many keys."""
     sampling = request.submit.sampling
-    return num_keys, 0, sampling.temperature > 0, sampling.grammar is not None
+    return num_keys - USUAL_KEYS, 0, sampling.temperature > 0, sampling.grammar is not None
+
+
+def _summed(rows: Sequence[tuple[int, Features]]) -> Features:
+    """Features of some rows of each kind together."""
+    return [sum([count * features[k] for count, features in rows]) for k in range(len(FEATURES))]
 
 
 def _load(works: Sequence[Work]) -> Load:
     """The rows of a step without its trees."""
-    decoding = [_row(work.request, work.start + work.num_chain) for work in works if work.reaches_end]
+    decoding = [(1, _row(work.request, work.start + work.num_chain)) for work in works if work.reaches_end]
     prompts = [work.num_chain - work.reaches_end for work in works]
-    keys = sum([count * (work.start + count // 2) for work, count in zip(works, prompts, strict=True)])
-    of_roots = np.array(decoding, dtype=float).sum(0) if decoding else np.zeros(len(FEATURES))
-    of_roots[1] = len(decoding)
+    keys = sum([count * (work.start + count // 2 - USUAL_KEYS) for work, count in zip(works, prompts, strict=True)])
+    of_roots = (1, (0, len(decoding), 0, 0))
+    of_prompts = (1, (keys, len(works) - len(decoding), 0, 0))
     return Load(
         num_rows=sum(prompts) + len(decoding),
         num_prompt_rows=sum(prompts),
         num_decoding=len(decoding),
-        features=of_roots + np.array([keys, len(works) - len(decoding), 0, 0], dtype=float),
-        decoding_features=of_roots,
+        features=_summed([*decoding, of_roots, of_prompts]),
+        decoding_features=_summed([*decoding, of_roots]),
     )

@@ -14,6 +14,7 @@ from typing import Final
 
 from server.engine.controller import MAX_NODES, Bound
 from server.engine.core import Engine
+from server.engine.cost import USUAL_KEYS
 from server.engine.messages import DraftSource, SamplingParams, Submit
 from server.engine.request import Request, Work
 
@@ -46,6 +47,7 @@ ASKING: Final = (1, 16, 4, 64)
 BUDGET: Final = 3.0  # seconds
 REPEATS: Final = 5
 LONG: Final = 0.1  # seconds, after which a measurement is not repeated but once
+FEW_ROWS: Final = 4
 MANY_KEYS: Final = 1024
 LEAST_VALUE: Final = 0.1  # of a guess, when drafting is measured
 GREEDY: Final = SamplingParams(2**20, temperature=0)
@@ -74,16 +76,33 @@ class _WarmUp:
         cost, deadline = self._engine.cost, perf_counter() + BUDGET
         most = min(self._engine.max_rows, len(self._slots))
         self._seconds_of(self._tree(min(8, most)))  # what is compiled or cached at first use
-        points: list[tuple[int, float]] = []
-        for num_rows in ROWS:
-            if num_rows <= most and (not points or perf_counter() < deadline):
-                points.append((num_rows, self._seconds_of(self._tree(num_rows))))
-        cost.run.measure(points)
-        few, many = min(4, most), min(32, most)
-        if many > few:
-            self._measure_extras(many)
+        usual, many = self._num_keys(USUAL_KEYS), self._num_keys(MANY_KEYS)
+        points = self._in_rounds([rows for rows in ROWS if rows <= most], usual, deadline)
+        few = min(FEW_ROWS, most)
+        seconds = points.get(few)
+        if seconds is not None and many > usual:
+            more = self._seconds_of(self._tree(few, num_keys=many)) - seconds
+            cost.measure_extra("keys", more / (few * (many - usual)))
+        cost.run.measure(list(points.items()))
+        if most >= 2 * FEW_ROWS:
+            self._measure_extras(min(32, most))
         if self._engine.runner.info.num_heads:
             cost.draft.measure([(n, self._draft_seconds(n)) for n in ASKING if n <= most])
+
+    def _in_rounds(self, sizes: Sequence[int], num_keys: int, deadline: float) -> dict[int, float]:
+        """Seconds of trees of these sizes, the least of several rounds: what else the machine does hits all alike."""
+        found: dict[int, float] = {}
+        for _ in range(REPEATS):
+            for num_rows in sizes:
+                if found and perf_counter() > deadline:
+                    return found
+                works = self._tree(num_rows, num_keys=num_keys)
+                started = perf_counter()
+                self._run(works)
+                seconds = perf_counter() - started
+                self._forget([work.request for work in works])
+                found[num_rows] = min(seconds, found.get(num_rows, seconds))
+        return found
 
     def _measure_extras(self, num_rows: int) -> None:
         """By differences to a tree of as many rows."""
@@ -92,10 +111,10 @@ class _WarmUp:
         self._engine.cost.measure_extra("requests", (self._seconds_of(apart) - base) / (num_rows - 1))
         sampled = self._seconds_of(self._tree(num_rows, sampling=SAMPLED))
         self._engine.cost.measure_extra("sampled rows", (sampled - base) / num_rows)
-        num_keys = min(MANY_KEYS, self._engine.runner.info.max_model_len - num_rows - 1)
-        if num_keys > 0:
-            long = self._seconds_of(self._tree(num_rows, num_keys=num_keys))
-            self._engine.cost.measure_extra("keys", (long - base) / (num_rows * num_keys))
+
+    def _num_keys(self, wanted: int) -> int:
+        """As many, if the model takes them and a tree behind."""
+        return max(min(wanted, self._engine.runner.info.max_model_len - self._engine.max_rows - 1), 0)
 
     def _draft_seconds(self, num_asking: int) -> float:
         requests = [work.request for work in self._run([self._work(1, place) for place in range(num_asking)])]

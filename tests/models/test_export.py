@@ -48,7 +48,7 @@ def drafts(path: Path, lm_head: Tensor) -> list[list[list[int]]]:
     hidden = torch.randn(20, HIDDEN, generator=torch.Generator().manual_seed(5))
     sampled = DraftRow(SamplingParams(9, temperature=0.8, seed=3), 4)
     rows = [DraftRow(SamplingParams(9, temperature=0), 4), sampled] * 10
-    return propose(heads, hidden, rows, 12)
+    return propose(heads, hidden, rows, 12).tokens.tolist()
 
 
 CASES = list(itertools.product(sorted(FORMATS), (1, 2, 3), (False, True)))

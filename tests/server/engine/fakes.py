@@ -6,7 +6,8 @@ import random
 import zlib
 from collections.abc import Sequence
 
-from server.engine.messages import ModelInfo, Submit, TokenLogprobs
+from server.engine.controller import Bound
+from server.engine.messages import CalibrationCell, ModelInfo, Submit, TokenLogprobs
 from server.engine.request import Draft, Outcome, Request, Work
 
 VOCAB = 11
@@ -51,15 +52,24 @@ class FakeRunner:
     def forget(self, request: Request) -> None:
         self.ready.discard(request.id)
 
-    def copied_values(self, request: Request) -> list[float]:
-        return [0.9] * self.random.randrange(9) if self.copies else []
+    def room_for_heads(self, request: Request) -> float:
+        return 1.0 if request.id in self.ready else 0.0
+
+    def forward_seconds(self) -> float:
+        return 0.0
+
+    def calibration(self) -> tuple[tuple[CalibrationCell, ...], float | None]:
+        return (), None
 
     def refusal(self, submit: Submit) -> str | None:
         return None
 
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int], num_forced: Sequence[int]) -> list[Draft]:
-        assert not any(num_forced), "no request of the fake has a grammar"
-        return [self._tree(request, count) for request, count in zip(requests, num_nodes, strict=True)]
+    def draft(self, requests: Sequence[Request], bounds: Sequence[Bound], asks: Sequence[float | None]) -> list[Draft]:
+        assert not any(bound.forced for bound in bounds), "no request of the fake has a grammar"
+        return [
+            self._tree(request, bound.guesses if least is not None or self.copies else 0)
+            for request, bound, least in zip(requests, bounds, asks, strict=True)
+        ]
 
     def _tree(self, request: Request, count: int) -> Draft:
         tokens: list[int] = []
@@ -74,7 +84,8 @@ class FakeRunner:
                 tokens.append(token)
                 parents.append(parent)
                 paths.append([*(paths[parent] if parent >= 0 else []), token])
-        return Draft(tuple(tokens), tuple(parents), ("heads",) * len(tokens))
+        values = tuple([0.6 ** (i + 1) for i in range(len(tokens))])
+        return Draft(tuple(tokens), tuple(parents), ("heads",) * len(tokens), values)
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:
         self.num_rows.append(sum(work.num_chain + len(work.node_tokens) for work in works))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 from fakes import EOS, VOCAB, FakeRunner, reference
 
+from server.engine.controller import Bound
 from server.engine.core import Engine
 from server.engine.messages import Delta, EngineConfig, SamplingParams, SpeculationParams, Submit
 from server.engine.request import Draft, Outcome, Request, Work
@@ -16,7 +17,7 @@ from server.engine.request import Draft, Outcome, Request, Work
 
 def make_engine(num_slots: int = 200, *, max_model_len: int = 60, seed: int = 0, **config: object) -> Engine:
     return Engine(
-        EngineConfig("fake", **{"num_nodes": 5, **config}),  # type: ignore[arg-type]
+        EngineConfig("fake", **{"num_nodes": 5, "static_trees": True, "control_share": 0.0, **config}),  # type: ignore[arg-type]
         FakeRunner(num_slots, max_model_len=max_model_len, seed=seed),
     )
 
@@ -395,9 +396,9 @@ class WorkingRunner(FakeRunner):
         self.clock = clock
         self.in_kernels = 50.0  # while loading
 
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int], num_forced: Sequence[int]) -> list[Draft]:
+    def draft(self, requests: Sequence[Request], bounds: Sequence[Bound], asks: Sequence[float | None]) -> list[Draft]:
         self.clock.now += 1
-        return super().draft(requests, num_nodes, num_forced)
+        return super().draft(requests, bounds, asks)
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:
         self.clock.now += 4
@@ -411,7 +412,8 @@ class WorkingRunner(FakeRunner):
 
 def test_a_steps_seconds_are_told_by_part() -> None:
     clock = Clock()
-    engine = Engine(EngineConfig("fake", num_nodes=5), WorkingRunner(clock), lambda: clock.now)
+    config = EngineConfig("fake", num_nodes=5, static_trees=True, control_share=0.0)
+    engine = Engine(config, WorkingRunner(clock), lambda: clock.now)
     for name in ("a", "b"):
         clock.now += 1000  # idle
         engine.submit(submit(name, [1, 2, 3], 4, ignore_eos=True))

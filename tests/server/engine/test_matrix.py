@@ -6,6 +6,8 @@ The reference is decoding token by token, one request at a time, with nothing ca
 from __future__ import annotations
 
 import itertools
+import random
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import pytest
@@ -14,9 +16,11 @@ from tiny import run, submit, tiny_engine, tiny_llama, tokens
 from transformers import LlamaForCausalLM
 
 from models.grammar import Grammars
+from server.engine.controller import Controller, Drafting
 from server.engine.core import Engine
+from server.engine.cost import CostModel, Load
 from server.engine.messages import Delta, SamplingParams
-from server.engine.request import Outcome, Work
+from server.engine.request import Draft, Outcome, Work
 from tests.models.json_tokens import EOS, json_tokenizer
 
 BASE = SamplingParams(20, temperature=0.9, seed=11, ignore_eos=True)
@@ -105,6 +109,35 @@ def answer(deltas: list[Delta]) -> Answer:
 @pytest.mark.parametrize(("mode", "drafter"), HOW)
 def test_same_tokens(model: LlamaForCausalLM, plain: dict[str, Answer], mode: str, drafter: str, batch: int) -> None:
     assert answers(engine_of(model, drafter=drafter, num_nodes=12), mode, batch=batch) == plain
+
+
+class RandomController(Controller):
+    """Asks whom it likes, and takes what it likes."""
+
+    def __init__(self, cost: CostModel, seed: int) -> None:
+        super().__init__(cost, 40, control_share=0.1, seed=seed)
+        self.source = random.Random(seed)
+
+    def ask(self, load: Load, drafting: Drafting) -> list[float | None]:
+        return [self.source.random() / 4 if room and self.source.random() < 0.7 else None for room in drafting.rooms]
+
+    def choose(self, load: Load, drafting: Drafting, drafts: Sequence[Draft], row_budget: int) -> list[int]:
+        counts = []
+        for draft in drafts:
+            counts.append(self.source.randint(0, max(min(len(draft.values), row_budget), 0)))
+            row_budget -= counts[-1]
+        return counts
+
+
+@pytest.mark.parametrize("drafter", ["heads", "sequential"])
+@pytest.mark.parametrize("config", [{}, {"kv_cache_tokens": 90, "max_num_batched_rows": 24}], ids=["", "preemption"])
+def test_same_tokens_whatever_the_controller_does(
+    model: LlamaForCausalLM, plain: dict[str, Answer], drafter: str, config: dict[str, object]
+) -> None:
+    for seed, batch in enumerate((1, 4, 9)):
+        engine = engine_of(model, drafter=drafter, static_trees=False, ngram=True, **config)
+        engine.controller = RandomController(engine.cost, seed)
+        assert answers(engine, "lossless", batch=batch) == plain
 
 
 @pytest.mark.parametrize(("mode", "drafter"), HOW)

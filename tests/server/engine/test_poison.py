@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 from fakes import FakeRunner, reference
 
+from server.engine.controller import Bound
 from server.engine.core import Engine
 from server.engine.messages import Delta, EngineConfig, SamplingParams, Submit
 from server.engine.request import Draft, Outcome, Request, Work
@@ -39,9 +40,9 @@ class PoisonedRunner(FakeRunner):
         self._taste("can_draft", [request])
         return super().can_draft(request)
 
-    def draft(self, requests: Sequence[Request], num_nodes: Sequence[int], num_forced: Sequence[int]) -> list[Draft]:
+    def draft(self, requests: Sequence[Request], bounds: Sequence[Bound], asks: Sequence[float | None]) -> list[Draft]:
         self._taste("draft", requests)
-        return super().draft(requests, num_nodes, num_forced)
+        return super().draft(requests, bounds, asks)
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:
         self._taste("run", [work.request for work in works])
@@ -71,7 +72,9 @@ def played(engine: Engine, names: Sequence[str]) -> dict[str, list[Delta]]:
 @pytest.mark.parametrize("names", [("poison",), ("a", "poison", "b")])
 @pytest.mark.parametrize(("where", "after"), [("refusal", 0), ("run", 0), ("run", 5), ("draft", 3), ("can_draft", 4)])
 def test_only_the_poisonous_request_ends_with_an_error(where: str, after: int, names: tuple[str, ...]) -> None:
-    engine = Engine(EngineConfig("fake", num_nodes=5), PoisonedRunner(where, after))
+    engine = Engine(
+        EngineConfig("fake", num_nodes=5, static_trees=True, control_share=0.0), PoisonedRunner(where, after)
+    )
     deltas = played(engine, names)
     assert [delta.finish for delta in deltas["poison"] if delta.finish] == ["error"]
     assert "poison" not in (deltas["poison"][-1].error or "")
@@ -84,7 +87,7 @@ def test_only_the_poisonous_request_ends_with_an_error(where: str, after: int, n
 
 def test_rows_of_a_failed_step_are_not_cached() -> None:
     """The fake's pool knows what a slot holds: a wrong prefix would be seen."""
-    engine = Engine(EngineConfig("fake", num_nodes=5), PoisonedRunner("run"))
+    engine = Engine(EngineConfig("fake", num_nodes=5, static_trees=True, control_share=0.0), PoisonedRunner("run"))
     played(engine, ["poison"])
     assert engine.submit(submit("again", POISON)) is None
     while engine.has_work:

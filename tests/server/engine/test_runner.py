@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 from models import sampling
 from models.drafters import medusa
 from models.drafters.medusa import DraftRow
+from models.drafters.parallel import ParallelDrafter
 from models.drafters.resblock import ResBlockHeads
 from models.sampling import Row
 from models.tree import Tree
@@ -289,10 +290,11 @@ def test_drafts_start_from_the_last_accepted_row_with_the_verifiers_noise(
     engine = tiny_engine(model, num_nodes=20)
     runner = engine.runner
     assert isinstance(runner, Runner)
+    assert isinstance(runner.drafter, ParallelDrafter)
     drafted: list[DraftRow] = []
     first_rows: list[Row] = []
 
-    def propose(heads: ResBlockHeads, hidden: torch.Tensor, rows: list[DraftRow], ranks: int) -> list[list[list[int]]]:
+    def propose(heads: ResBlockHeads, hidden: torch.Tensor, rows: list[DraftRow], ranks: int) -> medusa.Candidates:
         drafted.extend(rows)
         return medusa.propose(heads, hidden, rows, ranks)
 
@@ -300,7 +302,7 @@ def test_drafts_start_from_the_last_accepted_row_with_the_verifiers_noise(
         first_rows.append(rows[0])
         return sampling.sample(logits, rows)
 
-    monkeypatch.setattr("models.drafters.combined.propose", propose)
+    monkeypatch.setattr("models.drafters.parallel.propose", propose)
     monkeypatch.setattr("server.engine.runner.sampling", SimpleNamespace(**{**vars(sampling), "sample": sample}))
     engine.submit(submit("a", PROMPTS[0], SAMPLINGS["plain"]))
     reference = tiny_llama(64, scale=2.0)
@@ -311,7 +313,7 @@ def test_drafts_start_from_the_last_accepted_row_with_the_verifiers_noise(
         (request,) = engine.scheduler.running
         with torch.inference_mode():
             states = reference.model(torch.tensor([request.tokens[:-1]])).last_hidden_state[0]
-        assert torch.allclose(runner._hidden["a"], states[-1], atol=1e-4)
+        assert torch.allclose(runner.drafter._states["a"][1], states[-1], atol=1e-4)
     assert [row.position for row in drafted] == [row.position for row in first_rows[1 : len(drafted) + 1]]
     assert {row.params.seed for row in drafted} == {7}
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from llguidance import LLMatcher
-from tiny import random_heads, run, submit, tiny_llama, tokens
+from tiny import PREDICTABLE, random_heads, run, submit, tiny_llama, tokens
 from transformers import LlamaForCausalLM
 
 from models.backbone import Backbone
@@ -61,7 +61,7 @@ def model() -> LlamaForCausalLM:
 
 def grammar_engine(model: LlamaForCausalLM, *, heads: bool = True, **config: object) -> Engine:
     backbone = Backbone(model)
-    options = EngineConfig("tiny", **{"kv_cache_tokens": 4096, "num_nodes": 8, **config})  # type: ignore[arg-type]
+    options = EngineConfig("tiny", **{**PREDICTABLE, "num_nodes": 8, **config})  # type: ignore[arg-type]
     runner = Runner(backbone, random_heads(backbone) if heads else None, options)
     runner.grammars = Grammars(TOKENIZER.to_str(), [EOS])
     return Engine(options, runner)
@@ -93,7 +93,7 @@ def test_text_is_valid_and_does_not_depend_on_the_tree_the_batch_or_preemption(
     assert outputs(grammar_engine(model, num_nodes=1), sampling) == plain
     assert outputs(grammar_engine(model, heads=False), sampling) == plain
     assert outputs(grammar_engine(model, kv_cache_tokens=100, max_num_batched_rows=24), sampling) == plain
-    assert outputs(grammar_engine(model, speculative_disable_by_batch_size=1), sampling) == plain
+    assert outputs(grammar_engine(model, static_trees=False), sampling) == plain
 
 
 @pytest.mark.parametrize("case", CASES)

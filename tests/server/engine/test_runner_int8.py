@@ -11,12 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import random_heads, run, submit, tiny_llama, tokens
+from tiny import PREDICTABLE, random_heads, run, submit, tiny_llama, tokens
 from transformers import LlamaForCausalLM
 
 from models.backbone import Backbone
 from models.checkpoint import save_heads
 from models.drafters.packed import PackedHeads
+from models.drafters.parallel import ParallelDrafter
 from models.drafters.resblock import ResBlockHeads
 from models.kernels import cpu
 from server.engine.core import Engine
@@ -47,7 +48,7 @@ def int8_engine(model: LlamaForCausalLM, **config: object) -> Engine:
     torch.manual_seed(1)
     backbone = Backbone(copy.deepcopy(model))
     backbone.quantize()
-    options = EngineConfig("tiny", **{"kv_cache_tokens": 4096, "num_nodes": 8, **config})  # type: ignore[arg-type]
+    options = EngineConfig("tiny", **{**PREDICTABLE, "num_nodes": 8, **config})  # type: ignore[arg-type]
     return Engine(options, Runner(backbone, PackedHeads(random_heads(backbone)), options))
 
 
@@ -147,7 +148,8 @@ def test_heads_are_packed_with_the_model(folder: Path, tmp_path: Path, quantizat
     heads = ResBlockHeads(tiny_llama(64).lm_head.weight, num_heads=2)
     save_heads(tmp_path, heads, base_model="tiny", vocab_size=64, card="")
     runner = load(folder, heads=str(tmp_path), quantization=quantization)
-    assert type(runner.heads) is kind
+    assert isinstance(runner.drafter, ParallelDrafter)
+    assert type(runner.drafter.heads) is kind
     assert runner.info.num_heads == 2
 
 

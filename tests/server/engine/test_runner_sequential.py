@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import random_sequential, run, submit, tokens
+from tiny import PREDICTABLE, random_sequential, run, submit, tokens
 from transformers import LlamaForCausalLM
 
 from models.backbone import Backbone
@@ -39,7 +39,7 @@ def engine(model: LlamaForCausalLM, **config: object) -> Engine:
     torch.manual_seed(1)
     backbone = Backbone(copy.deepcopy(model))
     backbone.quantize()
-    options = EngineConfig("tiny", **{"kv_cache_tokens": 4096, "num_nodes": 8, "ngram": False, **config})  # type: ignore[arg-type]
+    options = EngineConfig("tiny", **{**PREDICTABLE, "num_nodes": 8, "ngram": False, **config})  # type: ignore[arg-type]
     return Engine(options, Runner(backbone, random_sequential(backbone), options))
 
 
@@ -79,7 +79,7 @@ def test_it_guesses_and_is_forgotten(model: LlamaForCausalLM) -> None:
     texts = outputs(made, SAMPLINGS["greedy"])
     stats = [deltas[-1].stats for deltas in texts]
     assert all(each is not None and each.speculation.num_draft_tokens > 0 for each in stats)
-    drafter = made.runner.heads  # type: ignore[attr-defined]
+    drafter = made.runner.drafter  # type: ignore[attr-defined]
     assert isinstance(drafter, SequentialDrafter)
     assert not drafter._memories
 
@@ -105,8 +105,7 @@ def unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_loaded_from_a_folder(model: LlamaForCausalLM, tmp_path: Path, quantization: str) -> None:
     folder, heads = saved(tmp_path, model)
     runner = Runner.load(EngineConfig(str(folder), heads=str(heads), device="cpu", quantization=quantization))
-    assert isinstance(runner.heads, SequentialDrafter)
-    assert runner.heads.accuracies[0] == (0.5, 0.2)
+    assert isinstance(runner.drafter, SequentialDrafter)
     assert runner.info.num_heads == 3
 
 

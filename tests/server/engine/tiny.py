@@ -38,12 +38,14 @@ def random_sequential(backbone: Backbone, num_heads: int = 3) -> SequentialHeads
     return heads.eval().requires_grad_(False)
 
 
+PREDICTABLE: dict[str, object] = {"kv_cache_tokens": 4096, "static_trees": True, "control_share": 0.0}
+"""Trees that do not depend on how long anything takes."""
 HEADS = {"heads": random_heads, "sequential": random_sequential}
 
 
 def tiny_engine(model: LlamaForCausalLM, *, drafter: str = "heads", **config: object) -> Engine:
     backbone = Backbone(model)
-    options = EngineConfig("tiny", **{"kv_cache_tokens": 4096, "num_nodes": 8, **config})  # type: ignore[arg-type]
+    options = EngineConfig("tiny", **{**PREDICTABLE, "num_nodes": 8, **config})  # type: ignore[arg-type]
     return Engine(options, Runner(backbone, HEADS[drafter](backbone), options))
 
 
