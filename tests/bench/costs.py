@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from server.engine.cost import FEATURES, CostModel, Curve
 from tests.bench.client import BenchError
 
@@ -46,7 +44,8 @@ def cost_model(costs: Mapping[str, Any]) -> CostModel:
     try:
         model = CostModel()
         model.run = _curve(costs["run_curve"])
-        model.extras = np.array([float(dict(costs.get("extra_seconds", ())).get(name, 0.0)) for name in FEATURES])
+        for name in FEATURES:
+            model.measure_extra(name, float(dict(costs.get("extra_seconds", ())).get(name, 0.0)))
         for name in ("draft", "rest"):
             if points := costs.get(f"{name}_curve"):
                 setattr(model, name, _curve(points))

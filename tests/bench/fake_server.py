@@ -28,18 +28,26 @@ medusa_generation_tokens_total{{model_name="served"}} {tokens}
 # TYPE medusa_engine_seconds counter
 medusa_engine_seconds_total{{model_name="served",part="kernels"}} {kernels}
 medusa_engine_seconds_total{{model_name="served",part="engine"}} {engine}
-# TYPE medusa_seconds_saved gauge
-medusa_seconds_saved{{model_name="served"}} {saved}
+# TYPE medusa_seconds_saved counter
+medusa_seconds_saved_total{{model_name="served"}} {saved}
+# TYPE medusa_seconds_lost counter
+medusa_seconds_lost_total{{model_name="served"}} {lost}
 # TYPE medusa_speedup_ratio gauge
 medusa_speedup_ratio{{model_name="served",batch="1"}} 1.25
 medusa_speedup_ratio{{model_name="served",batch="all"}} 1.125
+# TYPE medusa_speedup_ratio_low gauge
+medusa_speedup_ratio_low{{model_name="served",batch="1"}} 1.125
+medusa_speedup_ratio_low{{model_name="served",batch="all"}} 1.0
+# TYPE medusa_speedup_ratio_high gauge
+medusa_speedup_ratio_high{{model_name="served",batch="1"}} 1.5
+medusa_speedup_ratio_high{{model_name="served",batch="all"}} 1.25
 """
 
 
 def metrics(num_answers: int) -> str:
     """As if each answer had taken 0.2 s, and 0.3 s plainly."""
-    tokens = USAGE["completion_tokens"] * num_answers
-    return METRICS.format(tokens=tokens, kernels=0.15 * num_answers, engine=0.05 * num_answers, saved=0.1 * num_answers)
+    each = {"tokens": USAGE["completion_tokens"], "kernels": 0.15, "engine": 0.05, "saved": 0.25, "lost": 0.15}
+    return METRICS.format(**{name: amount * num_answers for name, amount in each.items()})
 
 
 class FakeServer(ThreadingHTTPServer):

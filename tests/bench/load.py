@@ -51,7 +51,7 @@ class Told:
     concurrency: int
     index: int
     counted: float | None  # speedup by its counters
-    gauge: float | None  # at the end, of batches of this size
+    gauge: Ratio | None  # at the end, of batches of this size
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ def table(summaries: Sequence[Summary], told: Sequence[Told]) -> Table:
     """For people; in Markdown, to be pasted. A row for each number of streams and side but the plain one."""
     names = ("streams", "plain, tokens/s", "side", "tokens/s", "speedup (low..high)", "server says (low..high)")
     result = Table(box=MARKDOWN)
-    for name in (*names, "its gauge", "accepted + 1", "same text"):
+    for name in (*names, "its gauge (95 %)", "accepted + 1", "same text"):
         result.add_column(name, justify="left" if name == "side" else "right", no_wrap=True)
     plain = {item.concurrency: item.speed for item in summaries if item.side == PLAIN}
     for item in summaries:
@@ -178,7 +178,7 @@ def table(summaries: Sequence[Summary], told: Sequence[Told]) -> Table:
             continue
         mine = [each for each in told if (each.side, each.concurrency) == (item.side, item.concurrency)]
         speeds = (f"{plain[item.concurrency]:.1f}", item.side, f"{item.speed:.1f}")
-        ratios = (_range(item.ratios[PLAIN]), _range(counted(mine)), _number(mine[-1].gauge))
+        ratios = (_range(item.ratios[PLAIN]), _range(counted(mine)), _range(mine[-1].gauge))
         texts = f"{item.num_same_text}/{item.num_answers}"
         result.add_row(str(item.concurrency), *speeds, *ratios, _number(item.mean_acceptance_length), texts)
     return result

@@ -19,7 +19,7 @@ import numpy as np
 
 from models.tree import MAX_NODES, Choice, best_static_choices
 from server.engine.controller import Bound, Controller, Drafting
-from server.engine.cost import FEATURES, CostModel, Floats, Load
+from server.engine.cost import FEATURES, USUAL_KEYS, CostModel, Features, Load
 from server.engine.messages import DraftSource, SamplingParams, Submit
 from server.engine.request import Draft, Request
 from tests.bench.traces import Step, Trace
@@ -121,7 +121,7 @@ class Dynamic:
             return Plain().take(load, walkers)
         steps, requests = [walker.step for walker in walkers], [walker.request for walker in walkers]
         bounds = controller.bounds(requests)
-        drafting = Drafting(requests, bounds, [1.0] * len(steps), _node_features(steps))
+        drafting = Drafting(requests, bounds, [1.0] * len(steps), list(map(_row, steps)))
         drafting.asks = controller.ask(load, drafting)
         drafts = list(map(_draft, steps, bounds, drafting.asks))
         counts = controller.choose(load, drafting, drafts, self._max_rows - load.num_rows)
@@ -147,16 +147,24 @@ class Oracle:
         self._cost, self._max_rows = cost, max_rows
 
     def take(self, load: Load, walkers: Sequence[Walker]) -> Taken:
-        steps = [walker.step for walker in walkers]
-        owners = np.repeat(np.arange(len(steps)), [len(step.right) for step in steps])
+        owners = [i for i, walker in enumerate(walkers) for _ in walker.step.right]
         owners = owners[: max(self._max_rows - load.num_rows, 0)]
-        more = np.arange(len(owners) + 1.0)
-        features = np.cumsum(_node_features(steps)[owners], axis=0)
-        features = load.features + np.concatenate([np.zeros((1, len(FEATURES))), features])
-        seconds = self._cost.run_seconds(load.num_rows + more, features) + self._cost.rest.seconds(load.num_decoding)
-        best = int(np.argmax((load.num_decoding + more) / seconds))
-        counts = np.bincount(owners[:best], minlength=len(steps)).tolist()
+        taken = self._best_number(load, [_row(walkers[i].step) for i in owners])
+        counts = [0] * len(walkers)
+        for i in owners[:taken]:
+            counts[i] += 1
         return Taken(counts, counts, 0)
+
+    def _best_number(self, load: Load, rows: Sequence[Features]) -> int:
+        """Of these, in order."""
+        features, rest = load.features, self._cost.rest.seconds(load.num_decoding)
+        best, best_rate = 0, load.num_decoding / self._cost.step_seconds(load)
+        for taken, row in enumerate(rows, 1):
+            features = [sum(pair) for pair in zip(features, row, strict=True)]
+            rate = (load.num_decoding + taken) / (self._cost.run_seconds(load.num_rows + taken, features) + rest)
+            if rate > best_rate:
+                best, best_rate = taken, rate
+        return best
 
 
 def best_choices(texts: Sequence[Trace], num_nodes: int) -> tuple[Choice, ...]:
@@ -172,18 +180,28 @@ def best_choices(texts: Sequence[Trace], num_nodes: int) -> tuple[Choice, ...]:
     return best_static_choices(tuple(map(tuple, shares.tolist())), num_nodes)
 
 
-def _node_features(steps: Sequence[Step]) -> Floats:
-    """[requests, features] of one more row of each."""
-    features = np.zeros((len(steps), len(FEATURES)))
-    features[:, FEATURES.index("keys")] = [step.num_keys for step in steps]
-    return features
+def _row(step: Step) -> Features:
+    """Features of one more row of a request."""
+    return [float(step.num_keys - USUAL_KEYS) if name == "keys" else 0.0 for name in FEATURES]
 
 
-def _load(steps: Sequence[Step]) -> Load:
-    """A step without trees."""
-    features = _node_features(steps).sum(0)
-    features[FEATURES.index("requests")] = len(steps)
-    return Load(len(steps), 0, len(steps), features, features)
+def _summed(rows: Sequence[Features], counts: Sequence[int]) -> list[float]:
+    """Features of so many rows of each request."""
+    return [sum([count * row[k] for count, row in zip(counts, rows, strict=True)]) for k in range(len(FEATURES))]
+
+
+def _load(rows: Sequence[Features]) -> Load:
+    """A step without trees, of requests with such rows."""
+    features = _summed(rows, [1] * len(rows))
+    features[FEATURES.index("requests")] = float(len(rows))
+    return Load(len(rows), 0, len(rows), features, features)
+
+
+def _seconds(cost: CostModel, load: Load, rows: Sequence[Features], counts: Sequence[int], num_asking: int) -> float:
+    """Of a step in which each request verifies so many nodes."""
+    features = [sum(pair) for pair in zip(load.features, _summed(rows, counts), strict=True)]
+    run = cost.run_seconds(load.num_rows + sum(counts), features)
+    return run + cost.rest.seconds(load.num_decoding) + cost.draft_seconds(num_asking)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +221,10 @@ def replay(policy: Policy, cost: CostModel, texts: Sequence[Trace], batch: int, 
     walkers = _start(texts, batch)
     seconds, tokens, nodes, asking, num_steps = 0.0, 0, 0, 0, 0
     while tokens < num_tokens:
-        steps = [walker.step for walker in walkers]
-        load = _load(steps)
+        rows = [_row(walker.step) for walker in walkers]
+        load = _load(rows)
         taken = policy.take(load, walkers)
-        seconds += _seconds(cost, load, steps, taken)
+        seconds += _seconds(cost, load, rows, taken.counts, taken.num_asking)
         for walker, accepted in zip(walkers, taken.accepted, strict=True):
             walker.advance(1 + accepted)
         tokens += batch + sum(taken.accepted)
@@ -219,10 +237,3 @@ def _start(texts: Sequence[Trace], batch: int) -> list[Walker]:
     """At places that are the same for every policy."""
     dice = Random(batch)
     return [Walker(texts, i % len(texts), dice.randrange(len(texts[i % len(texts)]))) for i in range(batch)]
-
-
-def _seconds(cost: CostModel, load: Load, steps: Sequence[Step], taken: Taken) -> float:
-    num_rows = load.num_rows + sum(taken.counts)
-    features = load.features + np.array(taken.counts) @ _node_features(steps)
-    run = float(cost.run_seconds(num_rows, features))
-    return run + cost.rest.seconds(load.num_decoding) + cost.draft_seconds(taken.num_asking)

@@ -32,13 +32,13 @@ def test_a_tree_brings_what_is_right_in_it(num_nodes: int, tau: float) -> None:
     speed = run(Static(texts, num_nodes, MANY), texts, floor=MANY, num_tokens=600)
     assert speed.tau == tau
     assert speed.nodes_per_request == num_nodes
-    assert speed.tokens_per_second == pytest.approx(tau / FLOOR_SECONDS)
+    assert speed.tokens_per_second == pytest.approx(tau / FLOOR_SECONDS, rel=1e-3)
 
 
 def test_a_step_costs_its_rows() -> None:
     texts = [[chain(0.5, 2)] * 60]
     speed = run(Static(texts, 2, MANY), texts, floor=1, batch=3, num_tokens=900)
-    assert speed.tokens_per_second == pytest.approx(3 * 3 / (3 * 3 * FLOOR_SECONDS))
+    assert speed.tokens_per_second == pytest.approx(3 * 3 / (3 * 3 * FLOOR_SECONDS), rel=1e-3)
 
 
 def test_the_best_shape_follows_depths_and_ranks() -> None:

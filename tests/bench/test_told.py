@@ -20,12 +20,14 @@ def said(taken: float | None = 0.0, saved: float | None = 0.0) -> Said:
 
 def test_parts_are_summed_and_batch_sizes_are_not() -> None:
     found = parse(metrics(10))
-    assert (found.tokens, found.ratios) == (70, {"1": 1.25, "all": 1.125})
+    assert (found.tokens, found.ratios) == (70, {"1": (1.125, 1.25, 1.5), "all": (1.0, 1.125, 1.25)})
     assert (found.taken, found.saved) == (pytest.approx(2.0), pytest.approx(1.0))
 
 
-def test_a_counter_of_saved_seconds_will_do_as_well() -> None:
-    assert parse("# TYPE medusa_seconds_saved counter\nmedusa_seconds_saved_total 3\n").saved == 3
+def test_what_is_saved_is_nothing_without_what_is_lost() -> None:
+    text = "# TYPE medusa_seconds_saved counter\nmedusa_seconds_saved_total 3\n"
+    assert parse(text).saved is None
+    assert parse(f"{text}# TYPE medusa_seconds_lost counter\nmedusa_seconds_lost_total 5\n").saved == -2
 
 
 def test_what_is_not_said_is_none() -> None:
@@ -70,9 +72,14 @@ def answering(answers: dict[str, str]) -> Iterator[int]:
 
 
 def test_without_the_gauge_the_controller_is_asked() -> None:
-    state = {"speedups": [{"batch": "1", "ratio": 1.5, "low": 1.4, "high": 1.6}, {"batch": "all", "ratio": 1.25}]}
+    state = {
+        "speedups": [
+            {"batch": "1", "ratio": 1.5, "low": 1.4, "high": 1.6},
+            {"batch": "all", "ratio": 1, "low": 0, "high": 2},
+        ]
+    }
     with answering({"/metrics": "", "/debug/controller": json.dumps(state)}) as port:
-        assert listen(port).ratios == {"1": 1.5, "all": 1.25}
+        assert listen(port).ratios == {"1": (1.4, 1.5, 1.6), "all": (0, 1, 2)}
 
 
 def test_a_server_with_neither_says_nothing() -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.bench.report import Ratio
+
 TOKENS = "medusa_generation_tokens_total"
 TAKEN = "medusa_engine_seconds_total"  # all that the engine did, in parts
-SAVED = "medusa_seconds_saved"
+SAVED, LOST = "medusa_seconds_saved_total", "medusa_seconds_lost_total"
 RATIO = "medusa_speedup_ratio"
 
 
@@ -25,8 +27,8 @@ class Said:
 
     tokens: float | None
     taken: float | None  # seconds
-    saved: float | None  # seconds; below 0: lost
-    ratios: Mapping[str, float]  # by batch size, such as 5-8, or all
+    saved: float | None  # seconds, those lost taken off
+    ratios: Mapping[str, Ratio]  # by batch size, such as 5-8, or all; with its 95 % interval
 
 
 def listen(port: int) -> Said:
@@ -43,20 +45,24 @@ def listen(port: int) -> Said:
 def parse(text: str) -> Said:
     """From Prometheus' text."""
     sums: dict[str, float] = {}
-    ratios: dict[str, float] = {}
+    gauges: dict[tuple[str, str], float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
-            if sample.name == RATIO and sample.labels.get("bound", "estimate") == "estimate":
-                ratios[sample.labels.get("batch", "all")] = sample.value
-    saved = sums.get(f"{SAVED}_total", sums.get(SAVED))
+            if batch := sample.labels.get("batch"):
+                gauges[sample.name, batch] = sample.value
+    saved = sums[SAVED] - sums[LOST] if SAVED in sums and LOST in sums else None
+    ratios = {
+        batch: (gauges[f"{RATIO}_low", batch], ratio, gauges[f"{RATIO}_high", batch])
+        for (name, batch), ratio in gauges.items()
+        if name == RATIO
+    }
     return Said(sums.get(TOKENS), sums.get(TAKEN), saved, ratios)
 
 
-def _ratios(state: Any) -> dict[str, float]:
+def _ratios(state: Any) -> dict[str, Ratio]:
     """From what `GET /debug/controller` answers."""
-    speedups = state.get("speedups", ()) if isinstance(state, dict) else ()
-    return {item["batch"]: item["ratio"] for item in speedups}
+    return {item["batch"]: (item["low"], item["ratio"], item["high"]) for item in state["speedups"]}
 
 
 def speedup(before: Said, after: Said) -> float | None:
