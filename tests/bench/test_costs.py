@@ -32,9 +32,12 @@ def test_nothing_but_rows_costs_where_nothing_else_is_named() -> None:
     assert (model.draft_seconds(4), model.rest.seconds(4)) == (0, 0)
 
 
-def test_a_file_has_all_that_the_engine_says(tmp_path: Path) -> None:
+EXTRA = [["keys", 2.0], ["requests", 3.0], ["sampled rows", 5.0], ["constrained rows", 7.0]]
+
+
+@pytest.mark.parametrize("extra", [EXTRA, dict(EXTRA)])  # as the engine has it, and as /debug/controller answers
+def test_a_file_has_all_that_the_engine_says(tmp_path: Path, extra: object) -> None:
     path = tmp_path / "curve.json"
-    extra = [["keys", 2.0], ["requests", 3.0], ["sampled rows", 5.0], ["constrained rows", 7.0]]
     path.write_text(json.dumps({"run_curve": CURVE, "draft_curve": CURVE, "rest_curve": CURVE, "extra_seconds": extra}))
     model = cost_model(read_costs(path))
     assert [model.run.seconds(rows) for rows in (1, 544, 2048)] == pytest.approx([0.01, 0.07, 0.226667], rel=1e-4)
