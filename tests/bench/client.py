@@ -32,6 +32,7 @@ class Prompt:
 
     user: str
     system: str | None = None
+    max_tokens: int | None = None  # of the answer, where they are to differ
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -53,7 +54,7 @@ class Side:
         body = {
             "model": self.model,
             "messages": prompt.messages,
-            "max_tokens": max_tokens,
+            "max_tokens": min(max_tokens, prompt.max_tokens or max_tokens),
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},

@@ -87,3 +87,9 @@ async def test_nobody_listens() -> None:
 def test_the_served_model_is_the_first() -> None:
     with fake_server() as (port, _):
         assert served_model(port) == "served"
+
+
+@pytest.mark.parametrize(("own", "sent"), [(None, 96), (7, 7), (200, 96)])
+def test_a_prompt_may_limit_its_answer(own: int | None, sent: int) -> None:
+    request = Side("side", 1, "model").request(Prompt("prompt", max_tokens=own), 96)
+    assert json.loads(request.partition(b"\r\n\r\n")[2])["max_tokens"] == sent

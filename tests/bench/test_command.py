@@ -27,5 +27,6 @@ def test_defaults() -> None:
 
 def test_dataclasses_are_written(tmp_path) -> None:
     write(tmp_path / "bench.json", {"prompts": [Prompt("a")]})
-    assert json.loads((tmp_path / "bench.json").read_text()) == {"prompts": [{"user": "a", "system": None}]}
+    prompt = {"user": "a", "system": None, "max_tokens": None}
+    assert json.loads((tmp_path / "bench.json").read_text()) == {"prompts": [prompt]}
     write(None, {"prompts": []})

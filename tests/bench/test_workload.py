@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.bench.client import Prompt
-from tests.bench.workload import MIN_PROMPTS, FreshPlan, Plan, PrefillPlan, read_prompts
+from tests.bench.workload import MIN_PROMPTS, FreshPlan, LoadPlan, MixedPlan, Plan, PrefillPlan, read_prompts
 
 
 def prompts(names: str) -> tuple[Prompt, ...]:
@@ -52,3 +52,25 @@ def test_a_system_message_is_sent_only_where_there_is_one() -> None:
 def test_prompts_are_lines(tmp_path) -> None:
     (tmp_path / "prompts.txt").write_text("one\n\ntwo, and a bit\n")
     assert read_prompts(tmp_path / "prompts.txt") == (Prompt("one"), Prompt("two, and a bit"))
+
+
+def test_a_load_is_so_many_requests_of_each_stream() -> None:
+    plan = LoadPlan(prompts("abc"), num_requests=3)
+    assert [len(plan.prompts_of(streams, 0)) for streams in (1, 2, 128)] == [MIN_PROMPTS, 6, 384]
+    assert plan.prompts_of(2, 1)[:2] == list(prompts("ab"))
+
+
+def test_mixed_lengths_cover_their_range_and_are_the_same_each_time() -> None:
+    plan = MixedPlan(prompts("ab"), max_tokens=128, num_words=600)
+    asked = plan.prompts_of(128, 0)
+    limits = [prompt.max_tokens or 0 for prompt in asked]
+    words = [len(str(prompt.system).split()) for prompt in asked]
+    assert asked == plan.prompts_of(128, 0) != plan.prompts_of(128, 1)
+    assert (4 <= min(limits) < 8, 100 < max(limits) <= 128) == (True, True)
+    assert (1 <= min(words) < 4, 400 < max(words) <= 600) == (True, True)
+    assert 0.3 < sum(limit < 23 for limit in limits) / len(limits) < 0.7  # half way by the logarithm
+
+
+def test_mixed_answers_may_be_shorter_than_usual() -> None:
+    limits = [prompt.max_tokens for prompt in MixedPlan(prompts("a"), max_tokens=2).prompts_of(4, 0)]
+    assert limits == [2] * 8

@@ -12,6 +12,7 @@ from random import Random
 from tests.bench.client import Prompt
 
 MIN_PROMPTS = 4  # of one round
+LEAST_ANSWER = 4  # tokens, where answers are of mixed length
 COMMON_WORDS = (
     "time year people way day man thing woman life child world school state family student group country "
     "problem hand part place case week company system program question work night point home water room "
@@ -45,6 +46,37 @@ class FreshPlan(Plan):
     def prompts_of(self, concurrency: int, index: int) -> list[Prompt]:
         prompts = Plan.prompts_of(self, concurrency, index)
         return [Prompt(f"Question {concurrency}.{index}.{i}: {prompt.user}") for i, prompt in enumerate(prompts)]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan(Plan):
+    """So many requests of each stream, MIN_PROMPTS at least."""
+
+    num_requests: int = 2
+
+    def prompts_of(self, concurrency: int, index: int) -> list[Prompt]:
+        count = max(self.num_requests * concurrency, MIN_PROMPTS)
+        return [self.prompts[(index * count + i) % len(self.prompts)] for i in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class MixedPlan(LoadPlan):
+    """The same behind 1 to `num_words` words, with answers of LEAST_ANSWER to `max_tokens` tokens.
+
+    Lengths are spread evenly over their logarithms: as many of 4 to 8 as of 64 to 128.
+    """
+
+    num_words: int = 600
+
+    def prompts_of(self, concurrency: int, index: int) -> list[Prompt]:
+        dice = Random(f"{concurrency} {index}")
+        return [self._mixed(prompt, dice) for prompt in LoadPlan.prompts_of(self, concurrency, index)]
+
+    def _mixed(self, prompt: Prompt, dice: Random) -> Prompt:
+        num_words = round(self.num_words ** dice.random())
+        least = min(LEAST_ANSWER, self.max_tokens)
+        num_tokens = round(least * (self.max_tokens / least) ** dice.random())
+        return Prompt(prompt.user, " ".join(dice.choices(COMMON_WORDS.split(), k=num_words)), num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
