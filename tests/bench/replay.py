@@ -87,7 +87,7 @@ class Static:
 
     def __init__(self, texts: Sequence[Trace], num_nodes: int, max_rows: int) -> None:
         self.name = f"static {num_nodes}"
-        self._num_nodes, self._max_rows = num_nodes, max_rows
+        self._max_rows = max_rows
         self._places = {choice: place for place, choice in enumerate(best_choices(texts, num_nodes))}
 
     def take(self, load: Load, walkers: Sequence[Walker]) -> Taken:
@@ -116,6 +116,8 @@ class Dynamic:
 
     def take(self, load: Load, walkers: Sequence[Walker]) -> Taken:
         controller = self._controller
+        if not controller.considers_heads(load.num_decoding):
+            return Plain().take(load, walkers)
         if controller.is_control_step():
             controller.note_control(load)
             return Plain().take(load, walkers)
