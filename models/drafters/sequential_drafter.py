@@ -96,6 +96,7 @@ class SequentialDrafter:
         self._guesser = guesser
         self._pool = pool
         self._num_slots = num_slots
+        self._max_asks = (len(pool.keys[0]) - 1 - num_slots) // scratch_slots(1, heads.num_heads)
         self._device = heads.device
         self._is_valid: NDArray[np.bool_] = np.zeros(num_slots + 1, dtype=np.bool_)
         self._memories: dict[str, Memory] = {}
@@ -139,6 +140,7 @@ class SequentialDrafter:
 
     def grown(self, asks: Sequence[Ask]) -> list[list[Guess]]:
         """The best guesses for each, with the layer's own values."""
+        assert len(asks) <= self._max_asks, "more requests than there are slots for"
         self._next_slot = self._num_slots + 1
         plain, others = ([i for i, ask in enumerate(asks) if _is_plain(ask) is kind] for kind in (True, False))
         if self._grower is None or not plain:

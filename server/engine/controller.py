@@ -43,6 +43,7 @@ REST_STEPS: Final = 8
 FORGETTING: Final = 0.05  # of a running estimate, with each step
 LEAST_GAIN: Final = 0.05  # in tokens per second, for which heads are asked: estimates are not better than that
 MAX_QUALITY: Final = 4.0
+FIRST_VALUES: Final = (0.6, 0.25, 0.15, 0.1, 0.08, 0.06, 0.04, 0.02)  # of nodes, before the heads were asked
 PRICED_NODES: Final = 4  # of each request's tree: how far the price of a row looks
 NUM_BUCKETS: Final = 12
 CONTROL_RUN: Final = 8  # control steps in a row
@@ -57,17 +58,15 @@ class Bound(NamedTuple):
 
 @dataclass(slots=True)
 class _Gain:
-    """What the heads lately brought to one request, in batches of one size."""
+    """What the heads lately offered to one request, in batches of one size."""
 
-    value: float = 1.0  # of the nodes taken; at first one token more for three rows, so that they are tried
-    nodes: float = 3.0
+    values: list[float] = field(default_factory=lambda: list(FIRST_VALUES))  # of its best node, the next, ...
     num_seen: int = 0
 
-    def learn(self, value: float, nodes: float) -> None:
+    def learn(self, values: Sequence[float]) -> None:
         self.num_seen += 1
         rate = max(FORGETTING, 1 / (1 + self.num_seen))
-        self.value += rate * (value - self.value)
-        self.nodes += rate * (nodes - self.nodes)
+        self.values = [old + rate * (new - old) for old, new in zip(self.values, values, strict=True)]
 
 
 @dataclass(slots=True)
@@ -205,24 +204,29 @@ class Controller:
         return self._unasked_steps >= min(max(steps, PROBE_EVERY[0]), PROBE_EVERY[1])
 
     def _worth_asking(self, load: Load, drafting: Drafting) -> list[int]:
-        """The best number of requests, those first whom the heads bring most."""
+        """The best number of requests, those first whom the heads bring most.
+
+        Each of the first 1, 2, 4, ... is taken to be offered what such requests were offered on average, and to get
+        one node, two, ...: as many as pay.
+        """
         weights = [r.draft_quality * room for r, room in zip(drafting.requests, drafting.rooms, strict=True)]
         order = sorted([i for i, weight in enumerate(weights) if weight > 0], key=lambda i: -weights[i])
         if not self.cost.run.is_known:
             return order
-        gain = self._gains[bucket(load.num_decoding)]
-        tokens, extra = self._worth(load), self.cost.extra(load.features)
-        rest = self.cost.rest.seconds(load.num_decoding)
-        rows, best = float(load.num_rows), 0
-        best_rate = (1 + LEAST_GAIN) * tokens / (rest + total(self.cost.run.seconds(rows), extra))
-        for count, i in enumerate(order, 1):
-            nodes = min(gain.nodes * weights[i], MAX_NODES)
-            tokens, rows = tokens + gain.value * weights[i], rows + nodes
-            extra += nodes * self.cost.extra(drafting.features[i])
-            seconds = total(self.cost.run.seconds(rows), extra) + self.cost.draft.seconds(count) + rest
-            rate = tokens / seconds
-            if rate > best_rate:
-                best, best_rate = count, rate
+        run, rest = self.cost.run, self.cost.rest.seconds(load.num_decoding)
+        values = self._gains[bucket(load.num_decoding)].values
+        plain, own = self._worth(load), self.cost.extra(load.features)
+        best, best_rate = 0, (1 + LEAST_GAIN) * plain / (rest + total(run.seconds(load.num_rows), own))
+        for count in _powers(len(order)):
+            asking = order[:count]
+            weight = sum([weights[i] for i in asking])
+            extra = sum([self.cost.extra(drafting.features[i]) for i in asking])
+            tokens, fixed = plain, rest + self.cost.draft.seconds(count)
+            for level, value in enumerate(values, 1):
+                tokens += value * weight
+                seconds = total(run.seconds(load.num_rows + level * count), own + level * extra)
+                if tokens / (fixed + seconds) > best_rate:
+                    best, best_rate = count, tokens / (fixed + seconds)
         return order[:best]
 
     def choose(self, load: Load, drafting: Drafting, drafts: Sequence[Draft], row_budget: int) -> list[int]:
@@ -277,13 +281,14 @@ class Controller:
         asking = [i for i, asks in enumerate(drafting.asks) if asks is not None]
         if not asking:
             return
-        values, nodes = zip(*(_brought(drafts[i], counts[i]) for i in asking), strict=True)
-        room = sum(drafting.rooms[i] for i in asking)
-        mean = sum(values) / room
-        self._gains[bucket(load.num_decoding)].learn(mean, sum(nodes) / room)
+        room = sum([drafting.rooms[i] for i in asking])
+        offers = {i: _offered(drafts[i]) for i in asking}
+        mean = sum(map(sum, offers.values())) / room
+        summed = [sum(level) for level in zip(*offers.values(), strict=True)]
+        self._gains[bucket(load.num_decoding)].learn([value / room for value in summed])
         if mean > 0:
-            for i, value in zip(asking, values, strict=True):
-                request, quality = drafting.requests[i], value / drafting.rooms[i] / mean
+            for i, values in offers.items():
+                request, quality = drafting.requests[i], sum(values) / drafting.rooms[i] / mean
                 request.draft_quality += FORGETTING * (min(quality, MAX_QUALITY) - request.draft_quality)
 
     def _note(self, load: Load, num_asking: int, num_offered: int, values: Sequence[float]) -> None:
@@ -325,9 +330,12 @@ class StaticController(Controller):
         return counts
 
 
-def _brought(draft: Draft, count: int) -> tuple[float, int]:
-    """Value and number of the heads' nodes among the first `count`."""
-    values = [
-        value for value, source in zip(draft.values[:count], draft.sources[:count], strict=True) if source == "heads"
-    ]
-    return sum(values), len(values)
+def _offered(draft: Draft) -> list[float]:
+    """Values of the heads' best nodes, as many as are counted."""
+    values = [value for value, source in zip(draft.values, draft.sources, strict=True) if source == "heads"]
+    return (values + [0.0] * len(FIRST_VALUES))[: len(FIRST_VALUES)]
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4, ..., and `most` itself."""
+    return [*(1 << i for i in range(most.bit_length()) if 1 << i < most), most] if most else []

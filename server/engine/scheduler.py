@@ -32,7 +32,7 @@ class Scheduler:
         self.running: list[Request] = []  # sorted by order
         self.prefix_queries = 0  # prompt tokens looked up in this step
         self.prefix_hits = 0  # of them, found
-        self._max_num_seqs = max_num_seqs
+        self.max_num_seqs = max_num_seqs
         self._max_rows = max_num_batched_rows
         self._use_prefix_cache = use_prefix_cache
         self._preempted: list[Request] = []
@@ -141,7 +141,7 @@ class Scheduler:
         computing = {r.submit.prompt for r in self.running if r.num_prompt - r.num_computed > 1}
         for request in list(self.waiting):
             is_full = self._num_rows + self._reserved >= self._max_rows
-            if len(self.running) >= self._max_num_seqs or is_full or self._preempted:
+            if len(self.running) >= self.max_num_seqs or is_full or self._preempted:
                 return
             if self._looks_up(request) and request.submit.prompt in computing:
                 continue  # its twin's prompt will be in the cache in a few steps

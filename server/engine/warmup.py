@@ -87,6 +87,7 @@ class _WarmUp:
         if most >= 2 * FEW_ROWS:
             self._measure_extras(min(32, most))
         if self._engine.runner.info.num_heads:
+            most = min(most, self._engine.scheduler.max_num_seqs)
             cost.draft.measure([(n, self._draft_seconds(n)) for n in ASKING if n <= most])
 
     def _in_rounds(self, sizes: Sequence[int], num_keys: int, deadline: float) -> dict[int, float]:

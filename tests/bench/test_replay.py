@@ -75,8 +75,7 @@ def test_where_each_row_costs_a_token_none_are(batch: int) -> None:
 @pytest.mark.parametrize(
     ("batch", "floor"),
     [
-        *((batch, floor) for batch in (1, 4, 16, 64) for floor in (2, 8, 32) if (batch, floor) != (4, 8)),
-        pytest.param(4, 8, marks=pytest.mark.xfail(reason="too few are asked, who then take what others should have")),
+        *((batch, floor) for batch in (1, 4, 16, 64) for floor in (2, 8, 32)),
     ],
 )
 def test_the_controller_is_never_worse_than_a_fixed_tree_and_never_better_than_an_oracle(
