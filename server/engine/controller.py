@@ -20,6 +20,7 @@ Invariants:
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,11 @@ REST_STEPS: Final = 8
 FORGETTING: Final = 0.05  # of a running estimate, with each step
 LEAST_GAIN: Final = 0.05  # in tokens per second, for which heads are asked: estimates are not better than that
 MAX_QUALITY: Final = 4.0
-FIRST_VALUES: Final = (0.6, 0.25, 0.15, 0.1, 0.08, 0.06, 0.04, 0.02)  # of nodes, before the heads were asked
+MAX_PROFILED: Final = 8  # nodes of each request that are remembered when it is judged who should ask
+PARTS: Final = 4
+FIRST_VALUES: Final = [  # before the heads were asked
+    value for value in (0.6, 0.25, 0.15, 0.1, 0.08, 0.06, 0.04, 0.02) for _ in range(PARTS)
+]
 PRICED_NODES: Final = 4  # of each request's tree: how far the price of a row looks
 NUM_BUCKETS: Final = 12
 CONTROL_RUN: Final = 8  # control steps in a row
@@ -58,9 +63,9 @@ class Bound(NamedTuple):
 
 @dataclass(slots=True)
 class _Gain:
-    """What the heads lately offered to one request, in batches of one size."""
+    """What the heads lately offered, in batches of one size."""
 
-    values: list[float] = field(default_factory=lambda: list(FIRST_VALUES))  # of its best node, the next, ...
+    values: list[float] = field(default_factory=lambda: list(FIRST_VALUES))  # of all nodes, best first: see `_profile`
     num_seen: int = 0
 
     def learn(self, values: Sequence[float]) -> None:
@@ -206,8 +211,8 @@ class Controller:
     def _worth_asking(self, load: Load, drafting: Drafting) -> list[int]:
         """The best number of requests, those first whom the heads bring most.
 
-        Each of the first 1, 2, 4, ... is taken to be offered what such requests were offered on average, and to get
-        one node, two, ...: as many as pay.
+        If the first 1, 2, 4, ... are asked, they are taken to be offered what such requests lately were, and of that
+        as much is taken as pays.
         """
         weights = [r.draft_quality * room for r, room in zip(drafting.requests, drafting.rooms, strict=True)]
         order = sorted([i for i, weight in enumerate(weights) if weight > 0], key=lambda i: -weights[i])
@@ -222,11 +227,13 @@ class Controller:
             weight = sum([weights[i] for i in asking])
             extra = sum([self.cost.extra(drafting.features[i]) for i in asking])
             tokens, fixed = plain, rest + self.cost.draft.seconds(count)
-            for level, value in enumerate(values, 1):
-                tokens += value * weight
-                seconds = total(run.seconds(load.num_rows + level * count), own + level * extra)
-                if tokens / (fixed + seconds) > best_rate:
-                    best, best_rate = count, tokens / (fixed + seconds)
+            stride = PARTS // min(count, PARTS)
+            for place in range(0, len(values), stride):
+                nodes = (place + stride) / PARTS  # of each request
+                tokens += values[place] * weight * stride / PARTS
+                seconds = fixed + total(run.seconds(load.num_rows + nodes * count), own + nodes * extra)
+                if tokens / seconds > best_rate:
+                    best, best_rate = count, tokens / seconds
         return order[:best]
 
     def choose(self, load: Load, drafting: Drafting, drafts: Sequence[Draft], row_budget: int) -> list[int]:
@@ -283,9 +290,9 @@ class Controller:
             return
         room = sum([drafting.rooms[i] for i in asking])
         offers = {i: _offered(drafts[i]) for i in asking}
+        profile = _profile(list(offers.values()))
+        self._gains[bucket(load.num_decoding)].learn([value * len(asking) / room for value in profile])
         mean = sum(map(sum, offers.values())) / room
-        summed = [sum(level) for level in zip(*offers.values(), strict=True)]
-        self._gains[bucket(load.num_decoding)].learn([value / room for value in summed])
         if mean > 0:
             for i, values in offers.items():
                 request, quality = drafting.requests[i], sum(values) / drafting.rooms[i] / mean
@@ -333,7 +340,16 @@ class StaticController(Controller):
 def _offered(draft: Draft) -> list[float]:
     """Values of the heads' best nodes, as many as are counted."""
     values = [value for value, source in zip(draft.values, draft.sources, strict=True) if source == "heads"]
-    return (values + [0.0] * len(FIRST_VALUES))[: len(FIRST_VALUES)]
+    return (values + [0.0] * MAX_PROFILED)[:MAX_PROFILED]
+
+
+def _profile(offers: Sequence[list[float]]) -> list[float]:
+    """Values of all offered nodes, best first; each stands for a PARTS-th of a node of each request.
+
+    So it says what choosing among requests is worth, without saying who will be the better one next time.
+    """
+    values = sorted(itertools.chain.from_iterable(offers), reverse=True)
+    return [values[(2 * place + 1) * len(offers) // (2 * PARTS)] for place in range(PARTS * MAX_PROFILED)]
 
 
 def _powers(most: int) -> list[int]:
