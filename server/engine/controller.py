@@ -41,6 +41,8 @@ PROBE_COST: Final = 0.0005  # of the time: what asking the heads once more may c
 PROBE_EVERY: Final = (16, 400)  # steps, at least and at most
 PROBED_SHARE: Final = 0.25  # of the requests
 REST_STEPS: Final = 8
+COPIES_REST_STEPS: Final = 24
+CROWD: Final = 9  # requests, of which some can always copy something: that none pays says more than of a few
 FORGETTING: Final = 0.05  # of a running estimate, with each step
 LEAST_GAIN: Final = 0.05  # in tokens per second, for which heads are asked: estimates are not better than that
 MAX_QUALITY: Final = 4.0
@@ -76,10 +78,17 @@ class _Gain:
 
 @dataclass(slots=True)
 class Rest:
-    """Steps that heads are not considered in, at batches of one size."""
+    """Steps in which something is not considered, at batches of one size."""
 
     bucket: int
     num_steps: int
+
+    def takes(self, num_decoding: int) -> bool:
+        """Is this step one of them?"""
+        if not self.num_steps or self.bucket != bucket(num_decoding):
+            return False
+        self.num_steps -= 1
+        return True
 
 
 @dataclass(slots=True)
@@ -132,7 +141,7 @@ class Controller:
         self._control_left = 0  # of a run of control steps
         self._gains = [_Gain() for _ in range(NUM_BUCKETS)]
         self._unasked_steps = 0  # since anybody was asked
-        self._rest = Rest(0, 0)
+        self._rest = self._rest_from_copies = Rest(0, 0)
         self._nodes_per_request = float(min(num_nodes, 4))  # lately taken by those who could draft
 
     def bounds(self, requests: Sequence[Request]) -> list[Bound]:
@@ -170,11 +179,14 @@ class Controller:
 
     def considers_heads(self, num_decoding: int) -> bool:
         """Is it to be looked at who might ask? Not for some steps after it paid for nobody in such a batch."""
-        if not self._rest.num_steps or self._rest.bucket != bucket(num_decoding):
+        if not self._rest.takes(num_decoding):
             return True
-        self._rest.num_steps -= 1
         self._unasked_steps += 1
         return False
+
+    def considers_copies(self, num_decoding: int) -> bool:
+        """Is it to be looked at what may be copied? Not for some steps after no node at all was worth its row."""
+        return not self._rest_from_copies.takes(num_decoding)
 
     def ask(self, load: Load, drafting: Drafting) -> list[float | None]:
         """Whom the heads are to guess for, and what a guess must be worth to pay."""
@@ -245,6 +257,8 @@ class Controller:
         counts = [0] * len(drafts)
         for _, i in taken:
             counts[i] += 1
+        if not taken and load.num_decoding >= CROWD:
+            self._rest_from_copies = Rest(bucket(load.num_decoding), COPIES_REST_STEPS)
         self._learn(load, drafting, drafts, counts)
         self._note(load, drafting.num_asking, num_offered, [-cost for cost, _ in taken])
         return counts
@@ -319,6 +333,9 @@ class StaticController(Controller):
     """Everybody gets all they may, cut evenly where rows or slots are short: for comparison."""
 
     def considers_heads(self, num_decoding: int) -> bool:
+        return True
+
+    def considers_copies(self, num_decoding: int) -> bool:
         return True
 
     def ask(self, load: Load, drafting: Drafting) -> list[float | None]:

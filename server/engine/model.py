@@ -18,11 +18,8 @@ class ModelRunner(Protocol):
     def refusal(self, submit: Submit) -> str | None:
         """Why the model cannot serve this request, a sentence; None if it can."""
 
-    def can_draft(self, request: Request) -> bool:
-        """Is there anything to draft from, and a token that could still be emitted?"""
-
-    def can_copy(self, request: Request) -> bool:
-        """Is there anything to draft from besides the heads?"""
+    def can_draft(self, request: Request, *, heads: bool, copies: bool) -> bool:
+        """Is there anything of these, or of a grammar, to draft from, and a token that could still be emitted?"""
 
     def room_for_heads(self, request: Request) -> float:
         """The probability that a guess of the heads would matter: nothing copied is right. 0 if they cannot guess."""

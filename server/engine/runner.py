@@ -118,12 +118,11 @@ class Runner:
                 return str(error)
         return None
 
-    def can_draft(self, request: Request) -> bool:
-        return self._max_depth(request) > 0 and (self._has_heads(request) or self.can_copy(request))
-
-    def can_copy(self, request: Request) -> bool:
-        has_source = bool(self._copied(request)) or _is_constrained(request)
-        return has_source and self._max_depth(request) > 0
+    def can_draft(self, request: Request, *, heads: bool, copies: bool) -> bool:
+        if self._max_depth(request) <= 0:
+            return False
+        has_guesses = (heads and self._has_heads(request)) or (copies and bool(self._copied(request)))
+        return has_guesses or _is_constrained(request)
 
     def room_for_heads(self, request: Request) -> float:
         if not self._has_heads(request):

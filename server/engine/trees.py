@@ -39,7 +39,8 @@ def grow(
 ) -> Trees:
     """Draft for decoding requests and hang what pays below their roots."""
     load = _load(works)
-    able = _able(works, runner, considers_heads=controller.considers_heads(load.num_decoding))
+    heads, copies = controller.considers_heads(load.num_decoding), controller.considers_copies(load.num_decoding)
+    able = _able(works, runner, heads=heads, copies=copies)
     bounds = controller.bounds([work.request for work in able])
     chosen = [(work, bound) for work, bound in zip(able, bounds, strict=True) if any(bound)]
     if not chosen:
@@ -51,7 +52,9 @@ def grow(
     drafting = _drafting([work.request for work in able], bounds, runner)
     drafting.asks = controller.ask(load, drafting)
     guessing = [
-        i for i, request in enumerate(drafting.requests) if drafting.asks[i] is not None or runner.can_copy(request)
+        i
+        for i, request in enumerate(drafting.requests)
+        if drafting.asks[i] is not None or runner.can_draft(request, heads=False, copies=copies)
     ]
     able, drafting = [able[i] for i in guessing], drafting.only(guessing)
     started = clock()
@@ -70,13 +73,12 @@ def grow(
     )
 
 
-def _able(works: Sequence[Work], runner: ModelRunner, *, considers_heads: bool) -> list[Work]:
+def _able(works: Sequence[Work], runner: ModelRunner, *, heads: bool, copies: bool) -> list[Work]:
     """Whose chain ends in a root that there are guesses for."""
     ending = [work for work in works if work.reaches_end]
 
     def can_draft(requests: Sequence[Request]) -> list[bool]:
-        can = runner.can_draft if considers_heads else runner.can_copy
-        return [can(request) for request in requests]
+        return [runner.can_draft(request, heads=heads, copies=copies) for request in requests]
 
     found = guarded(can_draft, [work.request for work in ending], runner.check)
     for work, can in zip(ending, found, strict=True):

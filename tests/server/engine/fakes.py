@@ -40,8 +40,8 @@ class FakeRunner:
         self.num_rows: list[int] = []
         self.copies = False  # drafts without a hidden state, and more or less as it likes
 
-    def can_draft(self, request: Request) -> bool:
-        return self.copies or request.id in self.ready
+    def can_draft(self, request: Request, *, heads: bool, copies: bool) -> bool:
+        return (copies and self.copies) or (heads and request.id in self.ready)
 
     def check(self) -> None:
         return
@@ -51,9 +51,6 @@ class FakeRunner:
 
     def forget(self, request: Request) -> None:
         self.ready.discard(request.id)
-
-    def can_copy(self, request: Request) -> bool:
-        return self.copies
 
     def room_for_heads(self, request: Request) -> float:
         return 1.0 if request.id in self.ready else 0.0

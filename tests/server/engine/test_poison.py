@@ -36,9 +36,9 @@ class PoisonedRunner(FakeRunner):
             raise ValueError("poison")
         return None
 
-    def can_draft(self, request: Request) -> bool:
+    def can_draft(self, request: Request, *, heads: bool, copies: bool) -> bool:
         self._taste("can_draft", [request])
-        return super().can_draft(request)
+        return super().can_draft(request, heads=heads, copies=copies)
 
     def draft(self, requests: Sequence[Request], bounds: Sequence[Bound], asks: Sequence[float | None]) -> list[Draft]:
         self._taste("draft", requests)
