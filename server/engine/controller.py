@@ -172,7 +172,8 @@ class Controller:
         if self._control_left:
             self._control_left -= 1
             return True
-        if self._random.random() * CONTROL_RUN < self._control_share:
+        share = self._control_share
+        if self._random.random() * (share + CONTROL_RUN * (1 - share)) < share:
             self._control_left = CONTROL_RUN - 1
             return True
         return False

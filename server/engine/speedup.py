@@ -35,6 +35,7 @@ CONTROL_WINDOW: Final = 200.0
 PRIOR_STEPS: Final = 5.0  # control steps that the cost model's own estimate counts for
 PRIOR_SPREAD: Final = 0.1  # of a control step's time around the expected
 OUTLIER: Final = 4.0
+LEAST_STEPS: Final = 20.0  # of a batch size, before anything is said of it
 Z: Final = 1.96
 
 
@@ -145,7 +146,7 @@ class SpeedupMeter:
 
     def speedups(self) -> tuple[Speedup, ...]:
         """By batch size, where there were steps, and of all together."""
-        seen = [(bucket_name(i), sums) for i, sums in enumerate(self._sums) if sums.num]
+        seen = [(bucket_name(i), sums) for i, sums in enumerate(self._sums) if sums.num >= LEAST_STEPS]
         found = [_speedup(name, [sums]) for name, sums in seen]
         everything = [sums for _, sums in seen] + [self._only_prompts] * bool(self._only_prompts.num)
         return (*found, _speedup("all", everything)) if seen else ()

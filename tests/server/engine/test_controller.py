@@ -1,76 +1,209 @@
-"""Who gets how many nodes."""
+"""Who gets how many nodes: the rule against brute force, and what it does when nothing pays."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from server.engine.controller import Controller
-from server.engine.messages import SamplingParams, SpeculationMode, SpeculationParams, Submit
-from server.engine.request import Request
-
-LONG = (0.95, 0.9, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3)
-
-
-def request(max_nodes: int | None = None, mode: SpeculationMode = "lossless") -> Request:
-    return Request(Submit("r", (1,), SamplingParams(9), SpeculationParams(mode, max_nodes)), 0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("wishes", "budget", "allotted"),
-    [
-        ([None, None], 100, [5, 5]),
-        ([None, 2, 0], 100, [5, 2, 0]),
-        ([1000], 100, [63]),
-        ([None, None, None], 7, [2, 2, 3]),
-        ([63, 4, 4], 40, [32, 4, 4]),
-        ([4, 0, 0, 0], 4, [4, 0, 0, 0]),
-        ([None], -3, [0]),
-        ([], 10, []),
-    ],
+from server.engine.controller import (
+    CONTROL_RUN,
+    MAX_FORCED,
+    MAX_NODES,
+    PROBE_COST,
+    PROBED_SHARE,
+    Bound,
+    Controller,
+    Drafting,
+    StaticController,
+    bucket,
+    bucket_name,
 )
-def test_wishes_are_met_as_far_as_rows_last(wishes: list[int | None], budget: int, allotted: list[int]) -> None:
-    assert Controller(5).allot([request(wish) for wish in wishes], budget, [()] * len(wishes)) == allotted
+from server.engine.cost import CostModel, Load
+from server.engine.messages import SamplingParams, SpeculationMode, SpeculationParams, Submit
+from server.engine.request import Draft, Request
+
+NOTHING = (0.0, 0.0, 0.0, 0.0)
+GOOD = (0.9, 0.8, 0.7, 0.6)
 
 
-def test_in_a_crowd_only_those_get_nodes_that_ask() -> None:
-    controller = Controller(5, disable_by_batch_size=2)
-    assert controller.allot([request()], 10, [()]) == [5]
-    assert controller.allot([request(), request(3)], 10, [(), ()]) == [0, 3]
+def request(max_nodes: int | None = None, mode: SpeculationMode = "lossless", grammar: str | None = None) -> Request:
+    sampling = SamplingParams(9, grammar=grammar)
+    return Request(Submit("r", (1,), sampling, SpeculationParams(mode, max_nodes)), 0, 0.0)
 
 
-def test_off_is_off() -> None:
-    assert Controller(5).allot([request(mode="off"), request(mode="typical")], 10, [LONG, ()]) == [0, 5]
+def cost(points: dict[int, float], *, draft: float = 0.0, rest: float = 0.0) -> CostModel:
+    model = CostModel()
+    model.run.measure(list(points.items()))
+    if draft:
+        model.draft.measure([(1, draft)])
+    if rest:
+        model.rest.measure([(1, rest)])
+    return model
 
 
-def test_who_can_copy_much_gets_more() -> None:
-    assert Controller(5).allot([request(), request(), request(3)], 99, [LONG, LONG[:2], LONG]) == [8, 5, 3]
-    assert Controller(5).allot([request(), request()], 10, [LONG, ()]) == [5, 5]
+def pure(num_decoding: int) -> Load:
+    return Load(num_decoding, 0, num_decoding, NOTHING, NOTHING)
 
 
-def test_in_a_crowd_sure_copies_are_made() -> None:
-    controller = Controller(5, disable_by_batch_size=2)
-    assert controller.allot([request(), request()], 99, [LONG, (0.6, 0.5)]) == [4, 0]
+def drafting(count: int, *, asks: float | None = 0.0) -> Drafting:
+    requests = [request() for _ in range(count)]
+    return Drafting(requests, [Bound(MAX_NODES, 0)] * count, [1.0] * count, [NOTHING] * count, [asks] * count)
 
 
-def test_without_heads_there_is_what_can_be_copied() -> None:
-    controller = Controller(5, has_heads=False)
-    assert controller.allot([request(), request(), request(6)], 99, [LONG[:3], (), LONG[:2]]) == [3, 0, 2]
+def draft(*values: float) -> Draft:
+    return Draft((1,) * len(values), (-1,) * len(values), ("heads",) * len(values), values)
 
 
-def test_no_nodes_is_plain_decoding() -> None:
-    assert Controller(0).allot([request(), request(3)], 99, [LONG, LONG]) == [0, 3]
+FLAT, STEEP = {1: 1.0, 512: 1.0}, {1: 1.0, 512: 512.0}
+values = st.lists(st.floats(0.01, 0.99), max_size=6).map(lambda found: tuple(sorted(found, reverse=True)))
 
 
-def constrained(max_nodes: int | None = None, mode: str = "lossless") -> Request:
-    sampling = SamplingParams(9, grammar='start: "a"')
-    return Request(Submit("r", (1,), sampling, SpeculationParams(mode, max_nodes)), 0, 0.0)  # type: ignore[arg-type]
+@given(st.lists(values, min_size=1, max_size=4), st.lists(st.floats(1, 2), min_size=3, max_size=3))
+def test_the_number_of_nodes_is_the_best_there_is(offers: list[tuple[float, ...]], steps: list[float]) -> None:
+    points = {1: 1.0, 4: steps[0], 8: steps[0] * steps[1], 24: steps[0] * steps[1] * steps[2]}
+    model = cost(points, draft=0.3, rest=0.1)
+    load, asked = pure(len(offers)), drafting(len(offers))
+    counts = Controller(model, 32).choose(load, asked, [draft(*found) for found in offers], 99)
+
+    def rate(number: int) -> float:
+        best = sorted(itertools.chain.from_iterable(offers), reverse=True)[:number]
+        seconds = model.run.seconds(load.num_rows + number) + 0.1 + model.draft.seconds(len(offers))
+        return (len(offers) + sum(best)) / seconds
+
+    best = max(range(sum(map(len, offers)) + 1), key=rate)
+    assert rate(sum(counts)) == pytest.approx(rate(best))
+    taken = sorted(
+        (value for found, count in zip(offers, counts, strict=True) for value in found[:count]), reverse=True
+    )
+    assert taken == sorted(itertools.chain.from_iterable(offers), reverse=True)[: sum(counts)]
 
 
-def test_forced_tokens_are_for_grammars_and_shared_evenly() -> None:
-    requests = [constrained(), request(), constrained(), constrained(mode="off"), constrained(6), constrained(0)]
-    controller = Controller(4, disable_by_batch_size=1)
-    nodes = controller.allot(requests, 100, [()] * len(requests))
-    assert nodes == [0, 0, 0, 0, 6, 0]
-    assert controller.allot_forced(requests, nodes, 100) == [15, 0, 15, 0, 0, 0]
-    assert controller.allot_forced(requests, nodes, 21) == [10, 0, 10, 0, 0, 0]
-    assert controller.allot_forced(requests, nodes, -1) == [0] * 6
+def test_at_saturation_there_are_none_and_where_rows_are_free_all() -> None:
+    for points, number in ((STEEP, 0), (FLAT, 8)):
+        counts = Controller(cost(points), 32).choose(pure(2), drafting(2), [draft(*GOOD), draft(*GOOD)], 99)
+        assert sum(counts) == number
+
+
+def test_plateaus_are_used_up() -> None:
+    stairs = cost({1: 1.0, 4: 1.0, 5: 3.0, 12: 3.0})
+    assert Controller(stairs, 32).choose(pure(1), drafting(1), [draft(0.5, 0.1, 0.01, 0.01)], 99) == [3]
+
+
+def test_rows_are_not_exceeded() -> None:
+    controller = Controller(cost(FLAT), 32)
+    assert controller.choose(pure(2), drafting(2), [draft(*GOOD), draft(0.95, 0.1)], 3) == [2, 1]
+    assert controller.choose(pure(2), drafting(2), [draft(*GOOD), draft(0.95, 0.1)], -4) == [0, 0]
+
+
+def test_prompts_in_the_step_make_no_node_cheaper() -> None:
+    model, offers = cost({1: 1.0, 512: 100.0}), [draft(0.25, 0.15, 0.12)]
+    alone = Controller(model, 32).choose(pure(1), drafting(1), offers, 99)
+    beside = Controller(model, 32).choose(Load(300, 299, 1, NOTHING, NOTHING), drafting(1), offers, 99)
+    assert beside == alone == [1]
+
+
+def test_bounds_are_the_requests_own_or_the_servers() -> None:
+    requests = [
+        request(),
+        request(5),
+        request(1000),
+        request(mode="off"),
+        request(grammar="g"),
+        request(10, grammar="g"),
+    ]
+    bounds = Controller(CostModel(), 8).bounds(requests)
+    assert bounds == [Bound(8, 0), Bound(5, 0), Bound(63, 0), Bound(0, 0), Bound(8, MAX_FORCED), Bound(10, 0)]
+    assert Controller(CostModel(), 0).bounds([request(), request(3)]) == [Bound(0, 0), Bound(3, 0)]
+
+
+def test_heads_are_asked_where_they_pay_at_a_price() -> None:
+    controller = Controller(cost({1: 1.0, 101: 11.0}, draft=0.2), 32)
+    (price,) = controller.ask(pure(1), drafting(1, asks=None))
+    assert price == pytest.approx(0.1)
+    nobody = drafting(2, asks=None)
+    nobody.rooms = [0.0, 0.0]
+    assert controller.ask(pure(2), nobody) == [None, None]
+
+
+def test_where_they_do_not_pay_they_rest_and_few_are_probed() -> None:
+    controller = Controller(cost(STEEP, draft=4.0), 32)  # probes take 1 s, the least of steps 8
+    load, asked, considered = pure(8), [], 0
+    for _ in range(4000):
+        if controller.considers_heads(8):
+            considered += 1
+            asked.append(sum(ask is not None for ask in controller.ask(load, drafting(8, asks=None))))
+    probes = [count for count in asked if count]
+    assert set(probes) == {8 * PROBED_SHARE}
+    assert len(probes) == pytest.approx(4000 * 8 * PROBE_COST / 1.0, rel=0.1)
+    assert considered < 4000 / 8
+
+
+def test_when_they_pay_again_it_is_noticed() -> None:
+    controller = Controller(cost({1: 1.0, 512: 52.0}, draft=0.2), 32)
+    load, nothing, good = pure(1), draft(0.02), draft(*GOOD)
+
+    def share_asked(found: Draft, steps: int) -> float:
+        num_asked = 0
+        for _ in range(steps):
+            each = drafting(1, asks=None)
+            if controller.considers_heads(1):
+                each.asks = controller.ask(load, each)
+                num_asked += each.num_asking
+                controller.choose(load, each, [found if each.num_asking else Draft()], 99)
+        return num_asked / steps
+
+    share_asked(nothing, 200)
+    assert share_asked(nothing, 500) < 0.05
+    share_asked(good, 3000)
+    assert share_asked(good, 100) == 1.0
+
+
+def test_in_a_crowd_that_copies_nothing_worth_its_row_nobody_looks() -> None:
+    controller = Controller(cost(STEEP), 32)
+    for size, looks in ((2, True), (20, False)):
+        controller.choose(pure(size), drafting(size, asks=None), [draft(0.5)] * size, 99)
+        assert controller.considers_copies(size) is looks
+    assert controller.considers_copies(40)  # another size, another answer
+
+
+def test_control_steps_come_in_runs_and_as_often_as_wanted() -> None:
+    controller = Controller(CostModel(), 8, control_share=0.05)
+    steps = [controller.is_control_step() for _ in range(40_000)]
+    assert sum(steps) / len(steps) == pytest.approx(0.05, rel=0.25)
+    lengths = [len(list(run)) for is_control, run in itertools.groupby(steps) if is_control]
+    assert all(length % CONTROL_RUN == 0 for length in lengths[:-1])
+    assert not any(Controller(CostModel(), 8).is_control_step() for _ in range(1000))
+
+
+def test_what_was_decided_is_told() -> None:
+    controller = Controller(cost(FLAT), 32)
+    controller.choose(pure(2), drafting(2), [draft(0.5), draft(0.25, 0.2)], 2)
+    controller.note_control(pure(3))
+    first, second = controller.decisions
+    assert (first.num_offered, first.num_taken, first.least_value, first.expected_tokens) == (3, 2, 0.25, 2.75)
+    assert (second.is_control, second.num_decoding, second.least_value) == (True, 3, None)
+
+
+def test_static_trees_take_all_and_are_cut_evenly() -> None:
+    controller = StaticController(CostModel(), 8)
+    offers = [draft(*GOOD), draft(0.1), draft(*GOOD)]
+    assert controller.choose(pure(3), drafting(3), offers, 99) == [4, 1, 4]
+    assert controller.choose(pure(3), drafting(3), offers, 5) == [2, 1, 2]
+    assert controller.ask(pure(3), drafting(3, asks=None)) == [0.0] * 3
+
+
+def test_rows_kept_from_prompts_are_what_was_lately_taken() -> None:
+    controller = Controller(cost(FLAT), 4)
+    for _ in range(200):
+        controller.choose(pure(2), drafting(2), [draft(0.9, 0.8), draft(0.9, 0.8)], 99)
+    assert controller.reserve(10, 100) == pytest.approx(20, abs=1)
+    assert controller.reserve(10, 7) == 7
+
+
+def test_buckets_have_names() -> None:
+    assert [bucket_name(bucket(n)) for n in (1, 2, 3, 4, 5, 8, 9, 64, 5000)] == [
+        "1", "2", "3-4", "3-4", "5-8", "5-8", "9-16", "33-64", "1025+",
+    ]  # fmt: skip

@@ -1,0 +1,119 @@
+"""Cost curves: what they believe, and how they come to believe it."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from math import exp
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.engine.cost import ROWS, CostModel, Curve, Load, isotonic, total
+
+NOTHING = (0.0, 0.0, 0.0, 0.0)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=9))
+def test_isotonic_is_the_nearest_that_does_not_fall(values: list[int]) -> None:
+    found = isotonic(values)
+    assert all(a <= b + 1e-9 for a, b in pairwise(found))
+    # the minimax formula: the greatest of all beginnings' least mean
+    n = len(values)
+    expected = [
+        max(min(sum(values[j : k + 1]) / (k - j + 1) for k in range(i, n)) for j in range(i + 1)) for i in range(n)
+    ]
+    assert found == pytest.approx(expected)
+
+
+def test_unknown_curves_cost_nothing() -> None:
+    curve = Curve((1, 2, 4))
+    assert (curve.is_known, curve.seconds(3), curve.points()) == (False, 0.0, ())
+
+
+def test_between_measurements_and_beyond_them_lines_are_drawn() -> None:
+    curve = Curve((1, 2, 4, 8, 16, 32))
+    curve.measure([(8, 5.0), (1, 1.5)])
+    assert [curve.seconds(x) for x in (1, 4, 8, 16)] == pytest.approx([1.5, 3.0, 5.0, 9.0])
+    assert curve.seconds(64) == pytest.approx(33.0)
+    assert curve.line(3, 5) == pytest.approx([2.5, 3.0, 3.5, 4.0, 4.5, 5.0])
+    assert curve.line(30, 4) == pytest.approx([curve.seconds(x) for x in range(30, 35)])
+
+
+def test_more_rows_never_cost_less() -> None:
+    curve = Curve(ROWS)
+    curve.measure([(1, 3.0), (2, 2.0), (4, 5.0)])
+    seconds = [curve.seconds(x) for x in np.linspace(1, 600, 300)]
+    assert seconds == sorted(seconds)
+    assert curve.seconds(1) == curve.seconds(2) == 2.5
+
+
+def test_it_comes_to_the_usual_time_whatever_outliers_there_are() -> None:
+    model, source = CostModel(), random.Random(0)
+    model.run.measure([(1, 0.010), (8, 0.010)])
+    for _ in range(3000):
+        rows = source.choice([1, 8])
+        seconds = (0.005 if rows == 1 else 0.009) * exp(source.gauss(0, 0.05))
+        model.learn_run(rows, NOTHING, seconds * (20 if source.random() < 0.1 else 1))
+    assert model.run.seconds(1) == pytest.approx(0.005, rel=0.1)
+    assert model.run.seconds(8) == pytest.approx(0.009, rel=0.1)
+
+
+def test_one_outlier_moves_what_is_well_known_by_little() -> None:
+    model = CostModel()
+    model.run.measure([(1, 0.005), (8, 0.006)])
+    for _ in range(500):
+        model.learn_run(4, NOTHING, model.run.seconds(4))
+    before = model.run.seconds(4)
+    model.learn_run(4, NOTHING, 1.0)
+    assert before < model.run.seconds(4) < 1.03 * before
+
+
+def test_where_steps_are_rare_they_say_more() -> None:
+    moved = []
+    for often in (1, 100):
+        curve = Curve((1, 8))
+        curve.measure([(1, 1.0), (8, 2.0)])
+        for _ in range(20):
+            for _ in range(often - 1):
+                curve.learn(8, 0.0)
+            curve.learn(1, 0.0)
+        curve.learn(1, 0.3)
+        moved.append(curve.seconds(1))
+    assert 1 < moved[0] < moved[1]
+
+
+def test_keys_are_told_apart_from_rows() -> None:
+    model, source = CostModel(), random.Random(2)
+    model.run.measure([(1, 0.005), (8, 0.008)])
+    model.measure_extra("keys", 2e-7)
+    for _ in range(6000):
+        rows, keys = source.choice([1, 4, 8]), source.choice([0, 1000, 3000])
+        model.learn_run(rows, (rows * keys, 0, 0, 0), 0.005 + 0.0004 * (rows - 1) + 8e-7 * rows * keys)
+    assert dict(model.extra_seconds())["keys"] == pytest.approx(8e-7, rel=0.15)
+    assert model.run_seconds(4, (4 * 2000, 0, 0, 0)) == pytest.approx(0.0062 + 0.0064, rel=0.1)
+
+
+def test_no_estimate_falls_to_0() -> None:
+    assert total(1.0, -5.0) == pytest.approx(0.1)
+    model = CostModel()
+    model.run.measure([(1, 1e-5), (512, 2e-5)])
+    model.measure_extra("keys", 1.0)
+    few_keys = (-256.0 * 64, 0, 0, 0)
+    model.learn_run(64, few_keys, 1e-5)
+    assert model.run_seconds(64, few_keys) > 0
+
+
+def test_a_step_without_trees_is_its_run_and_the_rest() -> None:
+    model = CostModel()
+    load = Load(5, 3, 2, (100.0, 2, 0, 0), (40.0, 2, 0, 0))
+    assert not load.is_pure
+    assert load.decoding() == Load(2, 0, 2, (40.0, 2, 0, 0), (40.0, 2, 0, 0))
+    model.run.measure([(1, 0.1), (512, 51.2)])
+    model.rest.measure([(1, 0.5)])
+    model.measure_extra("keys", 0.01)
+    model.measure_extra("requests", 0.1)
+    assert model.step_seconds(load) == pytest.approx(0.5 + 1.0 + 0.2 + 0.5)
+    assert model.draft_seconds(0) == 0
