@@ -169,8 +169,9 @@ def test_heads_save_steps_and_say_so(server: Server) -> None:
 
 def test_costs_and_gains_are_told(server: Server) -> None:
     deadline = time.monotonic() + 60
+    told: dict[str, Any] = {"calibration": []}
     speedups: dict[str, Any] = {}
-    while speedups.get("1", {"num_steps": 0})["num_steps"] < 20:
+    while "1" not in speedups or not told["calibration"]:
         assert time.monotonic() < deadline, "the engine tells nothing"
         answer = server.post(**ask(QUESTIONS[1], max_tokens=64, ignore_eos=True))
         assert answer["metrics"]["speedup"] > 0  # type: ignore[index]
@@ -180,7 +181,6 @@ def test_costs_and_gains_are_told(server: Server) -> None:
     assert 0 < together["low"] < together["ratio"] < together["high"]
     assert server.metric("medusa_speedup_ratio", batch="all") == pytest.approx(together["ratio"])
     assert told["run_curve"][0]["seconds"] == pytest.approx(server.metric("medusa_step_cost_seconds", rows="1"))
-    assert told["calibration"]
     assert told["decisions"]
     assert server.metric("medusa_tree_nodes_count") == server.metric("medusa_spec_decode_num_drafts_total") > 0
     drafted = server.metric("medusa_spec_decode_num_draft_tokens_total")

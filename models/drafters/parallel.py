@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.drafters.calibration import KINDS, NUM_RANKS, Calibration, Floats, Integers, Kind, LatticeOffer, Offers
@@ -40,7 +41,7 @@ class ParallelDrafter:
 
     def remember(self, request: str, start: int, states: Tensor) -> None:
         """The model's states at a request's positions from `start` on: [n, hidden]; only the last is of use."""
-        self._states[request] = start + len(states) - 1, states[-1]
+        self._states[request] = start + len(states) - 1, states[-1].clone()  # or all of them would be kept
 
     def knows(self, request: str, root: int) -> bool:
         """Whether the state before the token at position `root` is remembered."""
@@ -91,8 +92,9 @@ class ParallelDrafter:
         given = np.nan_to_num(candidates.given)  # what may not be said at all has no share of it
         cells = self._cells(given, [ask.kind for ask in asks])
         if is_watched:
-            for ask, *offer in zip(asks, candidates.tokens.tolist(), cells.tolist(), strict=True):
-                self._offers.put(ask.request, len(ask.text), LatticeOffer(*offer))
+            offers = zip(asks, candidates.tokens, cells, given > 0, strict=True)
+            for ask, tokens, places, may_be in offers:
+                self._offers.put(ask.request, len(ask.text), _offer(tokens, places, may_be))
         return candidates, np.where(given > 0, self.calibration.probabilities(cells), 0.0)
 
     def _cells(self, given: Floats, kinds: Sequence[Kind]) -> Integers:
@@ -103,3 +105,9 @@ class ParallelDrafter:
     def _static(self, tokens: list[list[int]], ask: Ask) -> list[Guess]:
         reachable = tuple(depth[: len(tokens[0])] for depth in self._accuracies[: ask.max_depth])
         return draft_from_heads(reachable, tokens, ask.num_nodes)
+
+
+def _offer(tokens: Integers, cells: Integers, may_be: NDArray[np.bool_]) -> LatticeOffer:
+    """All but what a mask forbids, of which nothing is to be learned: [depths, ranks] each."""
+    depths = range(len(tokens))
+    return LatticeOffer([tokens[d, may_be[d]].tolist() for d in depths], [cells[d, may_be[d]].tolist() for d in depths])

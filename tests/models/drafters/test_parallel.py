@@ -58,6 +58,9 @@ def test_masks_hold(drafter: ParallelDrafter) -> None:
     (tree,) = drafter.trees([ask(row=DraftRow(GREEDY, 6, mask))])
     assert tree
     assert {guess.token for guess in tree} <= {3, 7, 9}
+    drafter.trees([ask(text=[1, 2, 3, 4, 5, 6, 3], row=DraftRow(GREEDY, 7, mask))])
+    told = [count for count, _, _ in drafter.calibration._told]
+    assert sum(told) == pytest.approx(3, abs=0.1)  # what may not be said was no guess
 
 
 def test_static_trees_have_one_shape() -> None:
