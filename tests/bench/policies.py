@@ -21,12 +21,12 @@ from rich.box import MARKDOWN
 from rich.table import Table
 
 from models.source import DEFAULT_MODEL, ModelSourceError, resolve, resolve_heads
+from models.train.plot import svg
 from server.engine.cost import CostModel
 from server.errors import StartupError
 from tests.bench.client import BenchError
 from tests.bench.command import PROMPTS, integers, output, write
 from tests.bench.costs import cost_model, floor_costs, read_costs
-from tests.bench.plot import svg
 from tests.bench.recording import record
 from tests.bench.replay import Dynamic, Oracle, Plain, Policy, Speed, Static, replay
 from tests.bench.traces import Trace, Traces, read_traces, write_traces

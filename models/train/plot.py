@@ -1,4 +1,4 @@
-"""Draws lines over batch sizes as an SVG file: for people who look at a simulation, no library needed.
+"""Draws lines as an SVG file: for people who look at a simulation or a report, no library needed.
 
 The horizontal axis is logarithmic, the vertical one begins at 0; each line has its name at its end.
 """

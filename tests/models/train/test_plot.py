@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from tests.bench.plot import HEIGHT, LABEL_GAP, WIDTH, svg
+from models.train.plot import HEIGHT, LABEL_GAP, WIDTH, svg
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 
