@@ -66,8 +66,8 @@ def can_fuse_drafter(heads: SequentialHeads) -> bool:
 class FusedLayers:
     """Layers of the common shape, packed, and the buffers that a step of them works in."""
 
-    def __init__(self, layers: Sequence[Any], scorings: Sequence[Scoring]) -> None:
-        """`layers`: transformers' modules, float32 on a CPU."""
+    def __init__(self, layers: Sequence[Any], scorings: Sequence[Scoring], bits: int = 8) -> None:
+        """`layers`: transformers' modules, float32 on a CPU; `bits` of their weights: 8 or 4."""
         first = layers[0]
         self._dim: int = first.self_attn.head_dim
         self._heads: int = first.self_attn.q_proj.out_features // self._dim
@@ -77,7 +77,7 @@ class FusedLayers:
         self._kept: list[object] = []  # what the structs point into
         self._pool: KVPool | None = None  # the one whose addresses they hold
         self._num_rows = 0  # that the buffers have room for
-        self._scorings = scorings
+        self._scorings, self._bits = scorings, bits
         packed = [self._pack(layer) for layer in layers]
         self._layers = (cpu.LayerStruct * len(packed))(*packed)
 
@@ -123,10 +123,10 @@ class FusedLayers:
     def _pack(self, layer: Any) -> cpu.LayerStruct:
         attn, mlp = layer.self_attn, layer.mlp
         return cpu.LayerStruct(
-            qkv=self._linear(_stacked(attn.q_proj, attn.k_proj, attn.v_proj)),
-            out=self._linear((attn.o_proj.weight, attn.o_proj.bias)),
-            gate_up=self._linear(_interleaved(mlp.gate_proj, mlp.up_proj)),
-            down=self._linear((mlp.down_proj.weight, mlp.down_proj.bias)),
+            qkv=self._linear(_stacked(attn.q_proj, attn.k_proj, attn.v_proj), self._bits),
+            out=self._linear((attn.o_proj.weight, attn.o_proj.bias), self._bits),
+            gate_up=self._linear(_interleaved(mlp.gate_proj, mlp.up_proj), self._bits),
+            down=self._linear((mlp.down_proj.weight, mlp.down_proj.bias), self._bits),
             input_norm=self._keep(layer.input_layernorm.weight),
             post_norm=self._keep(layer.post_attention_layernorm.weight),
             q_norm=self._keep(attn.q_norm.weight if hasattr(attn, "q_norm") else None),
@@ -135,8 +135,8 @@ class FusedLayers:
             is_rotary=bool(getattr(attn, "use_rope", True)),
         )
 
-    def _linear(self, parts: tuple[Tensor, Tensor | None]) -> cpu.LinearStruct:
-        packed = cpu.PackedLinear(*parts)
+    def _linear(self, parts: tuple[Tensor, Tensor | None], bits: int = 8) -> cpu.LinearStruct:
+        packed = cpu.PackedLinear(*parts, bits)
         self._kept.append(packed)
         return packed.struct
 
@@ -149,10 +149,12 @@ class FusedLayers:
 class FusedModel(FusedLayers):
     """Has packed what it needs of the modules, which can be thrown away; of their tensors it keeps the embedding."""
 
-    def __init__(self, model: PreTrainedModel, scorings: Mapping[int, Scoring], num_positions: int) -> None:
-        """`model`, float32 on a CPU, must be one that `can_fuse`."""
+    def __init__(
+        self, model: PreTrainedModel, scorings: Mapping[int, Scoring], num_positions: int, bits: int = 8
+    ) -> None:
+        """`model`, float32 on a CPU, must be one that `can_fuse`. `bits` are the layers'; the output embedding has 8."""
         trunk: Any = model.model
-        super().__init__(trunk.layers, [scorings[layer.self_attn.layer_idx] for layer in trunk.layers])
+        super().__init__(trunk.layers, [scorings[layer.self_attn.layer_idx] for layer in trunk.layers], bits)
         head: nn.Linear = model.get_output_embeddings()
         self._vocab_size = head.out_features
         self.embedding: Tensor = (

@@ -7,7 +7,7 @@ import torch
 from stepping import tiny
 from torch import nn
 
-from models.quantize import Int8Linear, quantize_linears
+from models.quantize import NarrowLinear, quantize_linears
 
 
 @pytest.mark.parametrize("shape", [(40,), (7, 40), (2, 3, 40), (1, 1, 1, 40), (0, 40)])
@@ -17,7 +17,7 @@ def test_it_is_the_layer_with_a_small_error(shape: tuple[int, ...], outputs: int
     torch.manual_seed(0)
     linear, x = nn.Linear(40, outputs, bias=bias), torch.randn(shape)
     expected = linear(x).detach()
-    found = Int8Linear(linear)(x)
+    found = NarrowLinear(linear)(x)
     assert found.shape == expected.shape
     assert (found - expected).norm() <= 0.02 * expected.norm()
 
@@ -30,12 +30,12 @@ def test_every_linear_layer_is_replaced_and_nothing_else(name: str) -> None:
     after = {name: type(module) for name, module in model.named_modules()}
     changed = {name: kind for name, kind in before.items() if after[name] is not kind}
     assert set(changed.values()) == {nn.Linear}
-    assert {after[name] for name in changed} == {Int8Linear}
+    assert {after[name] for name in changed} == {NarrowLinear}
     assert nn.Linear not in after.values()
-    assert isinstance(model.get_output_embeddings(), Int8Linear)
+    assert isinstance(model.get_output_embeddings(), NarrowLinear)
 
 
 def test_its_sizes_are_the_layers() -> None:
-    layer = Int8Linear(nn.Linear(40, 37))
+    layer = NarrowLinear(nn.Linear(40, 37))
     assert (layer.in_features, layer.out_features) == (40, 37)
     assert not list(layer.parameters())

@@ -41,13 +41,35 @@ def test_numbers_that_int8_holds_are_multiplied_exactly(outputs: int, inputs: in
     assert error.max() < 3e-6
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
-def test_random_numbers_are_as_the_reference_has_them(outputs: int, inputs: int) -> None:
+def test_numbers_that_int4_holds_are_multiplied_exactly(outputs: int, inputs: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(8)
+    x = whole(generator, 13, inputs)
+    values = torch.randint(16, (outputs, inputs), generator=generator).float()
+    values[:, ::32], values[:, 1::32], least = 0, 15, torch.randint(-20, 20, (outputs, -(-inputs // 32)), generator=generator)
+    scales = 2.0 ** torch.randint(-9, 9, (outputs, -(-inputs // 32)), generator=generator)
+    weight = (values + least.repeat_interleave(32, 1)[:, :inputs]) * scales.repeat_interleave(32, 1)[:, :inputs]
+    added = torch.randn(outputs, generator=generator) if bias else None
+    expected = x.double() @ weight.double().T + (0 if added is None else added.double())
+    size = x.double().abs() @ weight.double().abs().T
+    error = (PackedLinear(weight, added, 4)(x).double() - expected).abs() / size
+    assert error.max() < 3e-6
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_random_numbers_are_as_the_reference_has_them(outputs: int, inputs: int, bits: int) -> None:
     weight, bias = weight_of(outputs, inputs)
     x = torch.randn(21, inputs, generator=torch.Generator().manual_seed(1))
     x[3] = 0
-    found = PackedLinear(weight, bias)(x)
-    expected = reference.linear(x, *reference.quantize_weight(weight), bias)
+    found = PackedLinear(weight, bias, bits)(x)
+    linear, quantize = (
+        (reference.linear, reference.quantize_weight)
+        if bits == 8
+        else (reference.linear_int4, reference.quantize_weight_int4)
+    )
+    expected = linear(x, *quantize(weight), bias)
     torch.testing.assert_close(found[3], bias)
     step = x.abs().amax() / 127 * weight.abs().amax()  # one value that lies between two may be rounded the other way
     assert (found - expected).abs().max() <= step
