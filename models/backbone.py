@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -43,7 +43,7 @@ from models.probe import (
     refusal,
     set_attention,
 )
-from models.quantize import quantize_linears
+from models.quantize import Quantization, default_quantization, quantize_linears
 
 __all__ = ["Backbone", "BackboneError"]
 
@@ -99,7 +99,16 @@ class Backbone:
         module: nn.Module = self._model.get_output_embeddings()
         return module
 
-    def quantize(self, quantization: Literal["int8", "int4"] = "int8") -> None:
+    @property
+    def is_packed(self) -> bool:
+        """Whether the C kernels run its weights."""
+        return self.quantization != "none"
+
+    def default_quantization(self) -> Quantization:
+        """See `models.quantize`; only before `quantize`."""
+        return default_quantization(self._model)
+
+    def quantize(self, quantization: Quantization = "int8") -> None:
         """Make the weights int8 or int4 and the cache binary16, for the C kernels.
 
         Raises `KernelError` if they cannot be had. The output embedding is int8 always.
@@ -110,9 +119,7 @@ class Backbone:
         bits = 4 if quantization == "int4" else 8
         if can_fuse(self._model, self._attention.scorings):
             self.max_position_embeddings = self.max_position_embeddings or MAX_POSITIONS
-            self._fused = FusedModel(
-                self._model, self._attention.scorings, self.max_position_embeddings, bits
-            )
+            self._fused = FusedModel(self._model, self._attention.scorings, self.max_position_embeddings, bits)
             if self.lm_head_weight.data_ptr() == self._model.get_input_embeddings().weight.data_ptr():
                 self.lm_head_weight = self._fused.embedding
             del self._model  # and its float32 weights

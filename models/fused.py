@@ -152,7 +152,7 @@ class FusedModel(FusedLayers):
     def __init__(
         self, model: PreTrainedModel, scorings: Mapping[int, Scoring], num_positions: int, bits: int = 8
     ) -> None:
-        """`model`, float32 on a CPU, must be one that `can_fuse`. `bits` are the layers'; the output embedding has 8."""
+        """`model`, float32 on a CPU, must be one that `can_fuse`. `bits`: the layers'; the output embedding has 8."""
         trunk: Any = model.model
         super().__init__(trunk.layers, [scorings[layer.self_attn.layer_idx] for layer in trunk.layers], bits)
         head: nn.Linear = model.get_output_embeddings()

@@ -21,7 +21,7 @@ usage: medusa-serve COMMAND ...
   train pretrain --data FILES --output DIR ...     train a multi-token model on text, from scratch
   export heads HEADS --format FORMAT ...           write heads for FasterDecoding's Medusa, TGI or vLLM
   evaluate heads ...                               tokens per step on held-out prompts, by number of nodes
-  evaluate perplexity ...                          int8 weights against float32 on a text
+  evaluate perplexity ...                          int8 or int4 weights against float32 on a text
   version                                          print the version
 
 Each command explains itself with --help.

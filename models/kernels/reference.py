@@ -1,7 +1,8 @@
 """The truth in torch: what the C kernels compute, written to be read.
 
 Both operands of a product are int8 with a scale per group of GROUP inputs, weights per output and rows per row; sums
-are exact within a group. Weights may be int4 instead, with a scale and a least value per group. The truth of attention is `models.attention.tree_attention`.
+are exact within a group. Weights may be int4 instead, with a scale and a least value per group. The truth of attention
+is `models.attention.tree_attention`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def quantize_weight_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[outputs, inputs] -> 0 to 15 as uint8 [outputs, groups, GROUP], and binary16 [2, outputs, groups].
 
     A value times the first of these plus the second is the weight: GGUF's Q4_1, whose weights come out as they went in.
+    The last group is filled with its last weight, which its range has anyway.
     """
-    groups = _in_groups(weight)
+    groups = _filled_groups(weight)
     least, most = groups.aminmax(dim=-1)
     scales, least = ((most - least) / 15).half(), least.half()
     values = _rounded(groups - least.float()[..., None], scales.float(), 0, 15)
@@ -40,12 +42,13 @@ def quantize_weight_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
 def restored_int4(values: Tensor, scales: Tensor) -> Tensor:
     """The weight that `quantize_weight_int4` took, as far as it was kept: [outputs, groups, GROUP] float32."""
     scale, least = scales.float()[..., None]
-    return values * scale + least
+    restored: Tensor = values * scale + least
+    return restored
 
 
 def is_int4(weight: Tensor) -> bool:
     """Whether four bits hold `weight` [outputs, inputs], up to the rounding of whoever made it of four bits."""
-    groups = _in_groups(weight)
+    groups = _filled_groups(weight)
     error = (restored_int4(*quantize_weight_int4(weight)) - groups).abs().amax(-1)
     return bool((error <= INT4_TOLERANCE * groups.abs().amax(-1)).all())
 
@@ -61,6 +64,11 @@ def _in_groups(x: Tensor) -> Tensor:
     """[n, inputs] -> [n, groups, GROUP] float32."""
     padded = pad(x.float(), (0, -x.shape[1] % GROUP))
     return padded.view(len(x), padded.shape[1] // GROUP, GROUP)
+
+
+def _filled_groups(weight: Tensor) -> Tensor:
+    missing = -weight.shape[1] % GROUP
+    return _in_groups(torch.cat((weight, weight[:, -1:].expand(-1, missing)), 1) if missing else weight)
 
 
 def _rounded(groups: Tensor, scales: Tensor, least: int = -MOST, most: int = MOST) -> Tensor:

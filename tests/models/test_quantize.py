@@ -1,4 +1,4 @@
-"""Linear layers replaced by int8 ones, in any module."""
+"""Linear layers replaced by narrow ones, in any module; which width a model is given."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from stepping import tiny
 from torch import nn
 
-from models.quantize import NarrowLinear, quantize_linears
+from models.quantize import NarrowLinear, default_quantization, quantize_linears
+from tests.small_models import four_bit_weights
 
 
 @pytest.mark.parametrize("shape", [(40,), (7, 40), (2, 3, 40), (1, 1, 1, 40), (0, 40)])
@@ -33,6 +34,30 @@ def test_every_linear_layer_is_replaced_and_nothing_else(name: str) -> None:
     assert {after[name] for name in changed} == {NarrowLinear}
     assert nn.Linear not in after.values()
     assert isinstance(model.get_output_embeddings(), NarrowLinear)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_four_bits_are_the_default_where_they_lose_nothing(name: str) -> None:
+    model = tiny(name)
+    assert default_quantization(model) == "int8"
+    four_bit_weights(model)
+    assert default_quantization(model) == "int4"
+    layer = next(module for module in model.model.layers[-1].modules() if type(module) is nn.Linear)
+    layer.weight.data[3, 5] += 0.01 * layer.weight.data.abs().max()
+    assert default_quantization(model) == "int8"
+
+
+def test_a_model_without_linear_layers_is_no_four_bit_one() -> None:
+    model = tiny("gpt2")
+    assert default_quantization(model) == "int8"
+
+
+def test_the_output_embedding_keeps_eight_bits() -> None:
+    model = tiny("llama")
+    quantize_linears(model, 4)
+    bits = {name: module.bits for name, module in model.named_modules() if isinstance(module, NarrowLinear)}
+    assert bits.pop("lm_head") == 8
+    assert set(bits.values()) == {4}
 
 
 def test_its_sizes_are_the_layers() -> None:

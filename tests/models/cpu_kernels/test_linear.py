@@ -41,15 +41,21 @@ def test_numbers_that_int8_holds_are_multiplied_exactly(outputs: int, inputs: in
     assert error.max() < 3e-6
 
 
+def whole_int4(generator: torch.Generator, count: int, inputs: int) -> Tensor:
+    """Random numbers that four bits with a scale and a least value per group hold exactly."""
+    groups = -(-inputs // 32)
+    values = torch.randint(16, (count, groups, 32), generator=generator)
+    values[..., 0], values[..., 1] = 0, 15
+    least = torch.randint(-20, 20, (count, groups, 1), generator=generator)
+    scales = 2.0 ** torch.randint(-9, 9, (count, groups, 1), generator=generator)
+    return ((values + least) * scales).flatten(1)[:, :inputs]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 def test_numbers_that_int4_holds_are_multiplied_exactly(outputs: int, inputs: int, bias: bool) -> None:
     generator = torch.Generator().manual_seed(8)
-    x = whole(generator, 13, inputs)
-    values = torch.randint(16, (outputs, inputs), generator=generator).float()
-    values[:, ::32], values[:, 1::32], least = 0, 15, torch.randint(-20, 20, (outputs, -(-inputs // 32)), generator=generator)
-    scales = 2.0 ** torch.randint(-9, 9, (outputs, -(-inputs // 32)), generator=generator)
-    weight = (values + least.repeat_interleave(32, 1)[:, :inputs]) * scales.repeat_interleave(32, 1)[:, :inputs]
+    weight, x = whole_int4(generator, outputs, inputs), whole(generator, 13, inputs)
     added = torch.randn(outputs, generator=generator) if bias else None
     expected = x.double() @ weight.double().T + (0 if added is None else added.double())
     size = x.double().abs() @ weight.double().abs().T
