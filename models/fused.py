@@ -82,7 +82,7 @@ class FusedLayers:
         self._layers = (cpu.LayerStruct * len(packed))(*packed)
 
     def _trunk(
-        self, embedding: Tensor, norm: Tensor, head: tuple[Tensor, Tensor | None], rotary: nn.Module, positions: int
+        self, embedding: Tensor, norm: Tensor, head: cpu.LinearStruct, rotary: nn.Module, positions: int
     ) -> cpu.TrunkStruct:
         """`embedding` is not copied: the caller keeps it."""
         cosines, sines = _rotations(rotary, positions)
@@ -91,7 +91,7 @@ class FusedLayers:
             len(self._layers),
             cpu.address(embedding),
             self._keep(norm),
-            self._linear(head),
+            head,
             self._keep(cosines),
             self._keep(sines),
             cosines.shape[1],
@@ -123,10 +123,10 @@ class FusedLayers:
     def _pack(self, layer: Any) -> cpu.LayerStruct:
         attn, mlp = layer.self_attn, layer.mlp
         return cpu.LayerStruct(
-            qkv=self._linear(_stacked(attn.q_proj, attn.k_proj, attn.v_proj), self._bits),
-            out=self._linear((attn.o_proj.weight, attn.o_proj.bias), self._bits),
-            gate_up=self._linear(_interleaved(mlp.gate_proj, mlp.up_proj), self._bits),
-            down=self._linear((mlp.down_proj.weight, mlp.down_proj.bias), self._bits),
+            qkv=self._linear(_stacked(attn.q_proj, attn.k_proj, attn.v_proj)),
+            out=self._linear((attn.o_proj.weight, attn.o_proj.bias)),
+            gate_up=self._linear(_interleaved(mlp.gate_proj, mlp.up_proj)),
+            down=self._linear((mlp.down_proj.weight, mlp.down_proj.bias)),
             input_norm=self._keep(layer.input_layernorm.weight),
             post_norm=self._keep(layer.post_attention_layernorm.weight),
             q_norm=self._keep(attn.q_norm.weight if hasattr(attn, "q_norm") else None),
@@ -135,8 +135,8 @@ class FusedLayers:
             is_rotary=bool(getattr(attn, "use_rope", True)),
         )
 
-    def _linear(self, parts: tuple[Tensor, Tensor | None], bits: int = 8) -> cpu.LinearStruct:
-        packed = cpu.PackedLinear(*parts, bits)
+    def _linear(self, parts: tuple[Tensor, Tensor | None], bits: int | None = None) -> cpu.LinearStruct:
+        packed = cpu.PackedLinear(*parts, bits or self._bits)
         self._kept.append(packed)
         return packed.struct
 
@@ -160,9 +160,8 @@ class FusedModel(FusedLayers):
         self.embedding: Tensor = (
             trunk.embed_tokens.weight.detach().clone()
         )  # a copy: the loaded one may hold a whole file open
-        self._struct = self._trunk(
-            self.embedding, trunk.norm.weight, (head.weight, head.bias), trunk.rotary_emb, num_positions
-        )
+        packed = self._linear((head.weight, head.bias), 8)
+        self._struct = self._trunk(self.embedding, trunk.norm.weight, packed, trunk.rotary_emb, num_positions)
 
     def forward(
         self, tokens: Tensor, batch: Batch, pool: KVPool, rows: Tensor, scored: Tensor | None = None
@@ -182,18 +181,19 @@ class FusedModel(FusedLayers):
 
 
 class FusedSequential(FusedLayers):
-    """A sequential drafter as one call a depth, for serving on a CPU."""
+    """A sequential drafter as one call a depth, for serving on a CPU. Guesses need no more than four bits."""
 
     def __init__(self, heads: SequentialHeads, num_positions: int) -> None:
         """`heads`: float32 on a CPU. The pool that it works on has one layer."""
-        super().__init__([heads.layer], [Scoring(heads.shape.head_dim**-0.5)])
+        super().__init__([heads.layer], [Scoring(heads.shape.head_dim**-0.5)], bits=4)
         self.embedding = heads.embedding
         self._token_ids = heads.token_ids
         ranks = min(growth.NUM_RANKS, len(heads.token_ids))
         self._rules = cpu.RulesStruct(
             ranks, growth.WIDTH, heads.num_heads, growth.LEAST_VALUE, growth.NEXT_RIGHT, growth.LEAST_GAIN, growth.HEARD
         )
-        trunk = self._trunk(self.embedding, heads.norm.weight, (heads.lm_head, None), heads.rotary, num_positions)
+        head = self._linear((heads.lm_head, None))
+        trunk = self._trunk(self.embedding, heads.norm.weight, head, heads.rotary, num_positions)
         self._struct = cpu.DrafterStruct(
             trunk,
             self._linear((heads.input.weight, None)),
