@@ -136,11 +136,12 @@ class Timed:
 
     def speedup(self, prompts: Prompts, num_tokens: int, rounds: int) -> float:
         """Bytes per second over those of plain decoding; the median of rounds, in each of which both have a turn."""
+        turns = {"plain": self.plain, "speculative": self.speculative}
         ratios = []
         for number in range(rounds + 1):  # the first one warms up
-            turns = [self.plain, self.speculative][:: 1 if number % 2 else -1]
-            seconds = {turn.__name__: turn(prompts, num_tokens).tokens_per_second for turn in turns}
-            ratios.append(seconds["speculative"] / seconds["plain"])
+            order = list(turns) if number % 2 else reversed(turns)
+            speeds = {name: turns[name](prompts, num_tokens).tokens_per_second for name in order}
+            ratios.append(speeds["speculative"] / speeds["plain"])
         return median(ratios[1:])
 
 

@@ -73,8 +73,8 @@ class Polynomial(Experiment):
         kinds = by_model(results)
         numbers = range(1, self.scale.extra["tested"] + 1)
         text = [
-            self._table("Right answers", "answers", kinds),
-            self._table("Right coefficients, each after the right ones before it (one in seven by chance)",
+            self._table("Right answers, by number of operations", "answers", kinds),
+            self._table("Right coefficients, each after the right ones before it (one in seven by chance), by number of operations",
                         "coefficients", kinds),
         ]  # fmt: skip
         claims = [
@@ -96,7 +96,7 @@ class Polynomial(Experiment):
     def _table(self, title: str, key: str, kinds: Mapping[tuple[str, int], list[Measured]]) -> str:
         numbers = range(1, self.scale.extra["tested"] + 1)
         trained = self.scale.extra["trained"]
-        names = [f"{number} operations" + ("" if number <= trained else ", not trained") for number in numbers]
+        names = [f"{number}" + ("" if number <= trained else " (not trained)") for number in numbers]
         rows = [
             [shape, str(count), str(len(cells)), *(spread(_column(cells, key, number), 3) for number in numbers)]
             for (shape, count), cells in kinds.items()
