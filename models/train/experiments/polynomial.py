@@ -1,12 +1,13 @@
 """Do models that learn to guess ahead compute better? Arithmetic in F7[X]/(X^5) (the paper's section 4.2).
 
-Trained on expressions of 1 to `trained` operations, tested up to `tested`. An answer is right if all five coefficients
-are what greedy decoding says: that is so exactly if each is the likeliest after the right ones before it, so one
-forward pass over the right answer tells.
+Trained on the answers of expressions of 1 to `trained` operations and tested up to `tested`. An answer is right if all
+five coefficients are what greedy decoding says: that is so exactly if each is the likeliest after the right ones before
+it, so one forward pass over the right answer tells.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from models.train.card import markdown_table
 from models.train.experiments.cell import Cell, Measured, Scale
 from models.train.experiments.experiment import Experiment, next_tokens
 from models.train.experiments.report import Report, against, by_model, spread
-from models.train.experiments.ring import DEGREE, END, VOCABULARY, write
+from models.train.experiments.ring import DEGREE, END, EQUALS, VOCABULARY, write
 from models.train.multi_token import Batches, held_out_losses
 
 _TEST, _HELD_OUT = 1_000_003, 1_000_033  # seeds that no training batch has
@@ -28,7 +29,7 @@ _TEST, _HELD_OUT = 1_000_003, 1_000_033  # seeds that no training batch has
 
 class Polynomial(Experiment):
     name = "polynomial"
-    looked_at = "held-out nats per token"
+    looked_at = "held-out nats per token of answers"
 
     def __init__(self, scale: Scale) -> None:
         super().__init__(scale)
@@ -50,17 +51,17 @@ class Polynomial(Experiment):
         return lambda step: self._batch((cell.seed, step), length)
 
     def _batch(self, seed: tuple[int, ...], length: int) -> Tensor:
-        """Documents one after another, cut into windows: [batch, length]."""
+        """Documents one after another, cut into windows: [batch, length]; what is not answer is not to be learnt."""
         wanted = self.scale.batch_size * length
         draw = random.Random(repr(seed))
         tokens: list[int] = []
         while len(tokens) < wanted:
             numbers = [draw.randint(1, self.scale.extra["trained"]) for _ in range(1 + wanted // 16)]
-            tokens += [token for document in write(numbers, (*seed, len(tokens))) for token in document]
+            tokens += itertools.chain.from_iterable(map(_answers_only, write(numbers, (*seed, len(tokens)))))
         return torch.tensor(tokens[:wanted]).view(-1, length)
 
     def judge(self, model: MTPForCausalLM) -> list[float]:
-        """Nats per token of the next-token head."""
+        """Nats per token of answers of the next-token head."""
         windows = self._windows[:, : self.scale.context + model.config.num_future_tokens]
         return held_out_losses(model, windows, self.scale.batch_size)[:1]
 
@@ -74,7 +75,7 @@ class Polynomial(Experiment):
         numbers = range(1, self.scale.extra["tested"] + 1)
         text = [
             self._table("Right answers, by number of operations", "answers", kinds),
-            self._table("Right coefficients, each after the right ones before it (one in seven by chance), by number of operations",
+            self._table("Right coefficients (by chance 1 in 7), each after the right ones before it, by operations",
                         "coefficients", kinds),
         ]  # fmt: skip
         claims = [
@@ -102,6 +103,12 @@ class Polynomial(Experiment):
             for (shape, count), cells in kinds.items()
         ]
         return f"{title}:\n\n" + markdown_table(["model", "n", "seeds", *names], rows)
+
+
+def _answers_only(document: list[int]) -> list[int]:
+    """The expression is chance: nothing can be learnt of it, and learning it takes the longer."""
+    question = document.index(EQUALS) + 1
+    return [*(~token for token in document[:question]), *document[question:]]
 
 
 def _column(cells: list[Measured], key: str, number: int) -> list[float]:

@@ -1,67 +1,93 @@
 """How large each experiment is at each scale.
 
-The shapes are the paper's where it has one of that size (1M: 5 layers of 128, 3M: 4 of 256, 30M: 10 of 512).
+Invariant: shapes are the paper's where it has one of that size (1M: 5 layers of 128, 3M: 4 of 256, 10M: 6 of 384, 30M: 10
+of 512). `gpu` was sized by arithmetic, not by a clock.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from models.train.experiments.cell import Scale, Shape
 
 _TINY = {"tiny": Shape(32, 4, 2)}
 _ONE = {"1M": Shape(128, 5, 4)}
+_TWO = {"2M": Shape(128, 10, 4)}  # room for eight heads and a trunk
 _THREE = {"3M": Shape(256, 4, 8)}
 _TEN = {"10M": Shape(384, 6, 8)}
 _THIRTY = {"30M": Shape(512, 10, 8)}
-_DEEP = {"2M": Shape(128, 10, 4)}  # eight heads and a trunk
+
+_BYTES = Scale(
+    shapes=_TWO,
+    heads=(1, 2, 4, 8),
+    seeds=2,
+    steps=1400,
+    batch_size=8,
+    context=256,
+    lr=2e-3,
+    extra={"prompts": 64, "prompt": 64, "written": 128, "batch": 8, "rounds": 5},
+)
+_INDUCTION = Scale(
+    shapes=_ONE | _THREE,
+    heads=(1, 2),
+    seeds=3,
+    steps=1500,
+    batch_size=16,
+    context=128,
+    lr=2e-3,
+    extra={"names": 1024, "stories": 100},
+)
+_POLYNOMIAL = Scale(
+    shapes=_TWO,
+    heads=(1, 2, 4),
+    seeds=2,
+    steps=3200,
+    batch_size=32,
+    context=64,
+    lr=2e-3,
+    extra={"trained": 3, "tested": 6, "samples": 500},
+)
+
+
+def _tiny(scale: Scale, heads: tuple[int, ...], extra: dict[str, int]) -> Scale:
+    return replace(
+        scale, shapes=_TINY, heads=heads, seeds=2, steps=8, batch_size=4, context=64, lr=1e-2, extra=extra, checks=2
+    )
+
 
 SCALES: dict[str, dict[str, Scale]] = {
     "tiny": {
-        "bytes": Scale(
-            _TINY, (1, 4), 2, 8, 4, 64, 1e-2, {"prompts": 3, "prompt": 8, "written": 12, "batch": 2, "rounds": 2}, 2
-        ),
-        "induction": Scale(_TINY, (1, 2), 2, 8, 4, 64, 1e-2, {"names": 64, "stories": 4}, 2),
-        "polynomial": Scale(_TINY, (1, 2), 2, 8, 4, 64, 1e-2, {"trained": 2, "tested": 3, "samples": 6}, 2),
+        "bytes": _tiny(_BYTES, (1, 4), {"prompts": 3, "prompt": 8, "written": 12, "batch": 2, "rounds": 2}),
+        "induction": _tiny(_INDUCTION, (1, 2), {"names": 64, "stories": 4}),
+        "polynomial": _tiny(_POLYNOMIAL, (1, 2), {"trained": 2, "tested": 3, "samples": 6}),
     },
     "small": {
-        "bytes": Scale(
-            _DEEP,
-            (1, 2, 4, 8),
-            2,
-            250,
-            8,
-            256,
-            3e-3,
-            {"prompts": 16, "prompt": 64, "written": 96, "batch": 8, "rounds": 3},
+        "bytes": replace(_BYTES, steps=200, lr=3e-3, extra={**_BYTES.extra, "prompts": 16, "written": 64, "rounds": 3}),
+        "induction": replace(_INDUCTION, seeds=2, steps=300, lr=3e-3),
+        "polynomial": replace(
+            _POLYNOMIAL, shapes=_ONE, steps=500, lr=3e-3, extra={"trained": 2, "tested": 4, "samples": 500}
         ),
-        "induction": Scale(_ONE | _THREE, (1, 2), 2, 300, 16, 128, 3e-3, {"names": 1024, "stories": 100}),
-        "polynomial": Scale(_ONE, (1, 2, 4), 2, 800, 32, 64, 3e-3, {"trained": 2, "tested": 4, "samples": 500}),
     },
-    "cpu": {
-        "bytes": Scale(
-            _DEEP,
-            (1, 2, 4, 8),
-            2,
-            1400,
-            8,
-            256,
-            2e-3,
-            {"prompts": 64, "prompt": 64, "written": 128, "batch": 8, "rounds": 5},
-        ),
-        "induction": Scale(_ONE | _THREE, (1, 2), 3, 1500, 16, 128, 2e-3, {"names": 1024, "stories": 100}),
-        "polynomial": Scale(_DEEP, (1, 2, 4), 2, 3200, 32, 64, 2e-3, {"trained": 3, "tested": 6, "samples": 500}),
-    },
+    "cpu": {"bytes": _BYTES, "induction": _INDUCTION, "polynomial": _POLYNOMIAL},
     "gpu": {
-        "bytes": Scale(
-            _THIRTY,
-            (1, 2, 4, 8),
-            2,
-            1500,
-            64,
-            1024,
-            1e-3,
-            {"prompts": 128, "prompt": 128, "written": 256, "batch": 16, "rounds": 5},
+        "bytes": replace(
+            _BYTES,
+            shapes=_THIRTY,
+            steps=1500,
+            batch_size=64,
+            context=1024,
+            lr=1e-3,
+            extra={"prompts": 128, "prompt": 128, "written": 256, "batch": 16, "rounds": 5},
         ),
-        "induction": Scale(_ONE | _THREE | _TEN, (1, 2), 3, 2500, 128, 512, 1e-3, {"names": 1024, "stories": 100}),
-        "polynomial": Scale(_THIRTY, (1, 2, 4), 2, 2500, 256, 256, 1e-3, {"trained": 5, "tested": 10, "samples": 2000}),
+        "induction": replace(_INDUCTION, shapes=_ONE | _THREE | _TEN, steps=2500, batch_size=128, context=512, lr=1e-3),
+        "polynomial": replace(
+            _POLYNOMIAL,
+            shapes=_THIRTY,
+            steps=2500,
+            batch_size=256,
+            context=256,
+            lr=1e-3,
+            extra={"trained": 5, "tested": 10, "samples": 2000},
+        ),
     },
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from models.train.experiments.cell import Cell
 from models.train.experiments.polynomial import Polynomial, right
 from models.train.experiments.ring import END, EQUALS, OPERATIONS, write
 from models.train.experiments.scales import SCALES
+from models.train.multi_token import plain_tokens
 from tests.small_models import small_mtp
 
 DOCUMENTS = write([1, 3, 2, 3], (1,))
@@ -56,12 +58,16 @@ def test_trained_and_tested_numbers_of_operations() -> None:
     experiment = Polynomial(replace(SCALES["tiny"]["polynomial"], batch_size=40))
     batch = experiment.batches(Cell("tiny", 2, 0))(0)
     assert batch.shape == (40, 64 + 2)
-    flat = batch.flatten().tolist()
+    flat = plain_tokens(batch).flatten().tolist()
     ends = [i for i, token in enumerate(flat) if token == END]
-    documents = [flat[a + 1 : b] for a, b in zip(ends, ends[1:], strict=False)]
+    documents = [flat[a + 1 : b] for a, b in itertools.pairwise(ends)]
     assert {sum(t in OPERATIONS for t in document) for document in documents} == {1, 2}
     tested = [{sum(t in OPERATIONS for t in document) for document in group} for group in experiment._tests]
     assert tested == [{1}, {2}, {3}]
+    learnt = [flat[i] if token >= 0 else None for i, token in enumerate(batch.flatten().tolist())]
+    assert all(
+        learnt[a + 1 : b + 1] == [*[None] * (b - a - 6), *flat[b - 5 : b + 1]] for a, b in itertools.pairwise(ends)
+    )
     assert torch.equal(batch, experiment.batches(Cell("tiny", 2, 0))(0))
     assert not torch.equal(batch, experiment.batches(Cell("tiny", 2, 1))(0))
 
