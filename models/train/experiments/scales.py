@@ -1,7 +1,7 @@
 """How large each experiment is at each scale.
 
-Invariant: shapes are the paper's where it has one of that size (1M: 5 layers of 128, 3M: 4 of 256, 10M: 6 of 384, 30M: 10
-of 512). `gpu` was sized by arithmetic, not by a clock.
+Invariant: shapes are the paper's where it has one of that size (1M: 5 layers of 128, 3M: 4 of 256, 10M: 6 of 384, 30M:
+10 of 512). `gpu` was sized by arithmetic, not by a clock.
 """
 
 from __future__ import annotations
