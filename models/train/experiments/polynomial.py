@@ -56,7 +56,7 @@ class Polynomial(Experiment):
         draw = random.Random(repr(seed))
         tokens: list[int] = []
         while len(tokens) < wanted:
-            numbers = [draw.randint(1, self.scale.extra["trained"]) for _ in range(1 + wanted // 16)]
+            numbers = [draw.randint(1, self.scale.extra["trained"]) for _ in range(1 + wanted // 32)]
             tokens += itertools.chain.from_iterable(map(_answers_only, write(numbers, (*seed, len(tokens)))))
         return torch.tensor(tokens[:wanted]).view(-1, length)
 

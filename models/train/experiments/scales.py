@@ -1,7 +1,7 @@
 """How large each experiment is at each scale.
 
 Invariant: shapes are the paper's where it has one of that size (1M: 5 layers of 128, 3M: 4 of 256, 10M: 6 of 384, 30M:
-10 of 512). `gpu` was sized by arithmetic, not by a clock.
+10 of 512). `cpu` and `gpu` were sized by arithmetic, not by a clock.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _INDUCTION = Scale(
     shapes=_ONE | _THREE,
     heads=(1, 2),
     seeds=3,
-    steps=1500,
+    steps=1200,
     batch_size=16,
     context=128,
     lr=2e-3,
@@ -41,7 +41,7 @@ _POLYNOMIAL = Scale(
     shapes=_TWO,
     heads=(1, 2, 4),
     seeds=2,
-    steps=3200,
+    steps=2000,
     batch_size=32,
     context=64,
     lr=2e-3,
@@ -83,7 +83,7 @@ SCALES: dict[str, dict[str, Scale]] = {
         "polynomial": replace(
             _POLYNOMIAL,
             shapes=_THIRTY,
-            steps=2500,
+            steps=1000,
             batch_size=256,
             context=256,
             lr=1e-3,

@@ -33,8 +33,10 @@ def run(name: str, output: Path, *more: str) -> int:
 
 
 @pytest.mark.parametrize("name", ["induction", "polynomial"])
-def test_a_table_a_plot_and_numbers(name: str, tmp_path: Path) -> None:
+def test_a_table_a_plot_and_numbers(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(name, tmp_path, "--steps", "3") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"tiny-n2-seed1, step 3: {EXPERIMENTS[name].looked_at}: " in told
     text = (tmp_path / "README.md").read_text()
     assert f"medusa-serve train experiment {name} --scale tiny --output DIR --steps 3" in text
     assert "3 steps of 4 x 64 tokens" in text
