@@ -21,6 +21,7 @@ from rich.console import Console
 
 from models.errors import UsageError
 from models.mtp import MTPForCausalLM
+from models.train.distill import ResumeError
 from models.train.experiments.cell import Cell, Measured
 from models.train.experiments.experiment import Experiment
 from models.train.long_run import finish
@@ -75,10 +76,17 @@ def _run(experiment: Experiment, cell: Cell, output: Path, device: str, console:
     trainer = Pretrainer(model, experiment.batches(cell), recipe, about)
     state = output / "cells" / f"{cell}.pt"
     if state.exists():
-        trainer.load(state)
+        _load(trainer, state)
     every = max(1, recipe.steps // experiment.scale.checks)
     finish(trainer, state, lambda: experiment.judge(model), every, str(cell), console, experiment.looked_at)
     return _facts(model, trainer) | experiment.measure(cell, model, output / "models" / str(cell))
+
+
+def _load(trainer: Pretrainer, state: Path) -> None:
+    try:
+        trainer.load(state)
+    except ResumeError as error:
+        raise UsageError(f"{state} is no saved state of this run that can be read; delete it.") from error
 
 
 def _facts(model: MTPForCausalLM, trainer: Pretrainer) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from models.train.byte_tokenizer import END
 from models.train.data import DataError, is_held_out
-from models.train.experiments.bytes import Timed, distinct_share, python_corpus
+from models.train.experiments.bytes import Bytes, Timed, distinct_share, python_corpus
+from models.train.experiments.cell import Cell
+from models.train.experiments.scales import SCALES
 from models.train.self_speculation import Decoded
 from tests.small_models import small_mtp
 
@@ -79,3 +81,19 @@ def test_texts_that_go_round_in_circles_have_few_runs() -> None:
     assert distinct_share([list(range(30))]) == 1
     assert distinct_share([[1, 2] * 20]) == 2 / 33
     assert distinct_share([[*range(8)], [*range(8)]]) == 0.5
+
+
+def test_the_report_says_what_pays() -> None:
+    experiment = Bytes(SCALES["tiny"]["bytes"])
+    measured = {"bytes_per_pass": 1.0, "speedup_batch": 1.0, "distinct_share": 0.5}
+    results = {
+        Cell("tiny", count, seed): measured
+        | {"curve": [[8, [2.0 + seed, 5.0]]], "bytes_per_pass_of_given_text": given + seed, "speedup_alone": speedup}
+        for seed in range(2)
+        for count, given, speedup in ((1, 1.0, 1.0), (4, 9.0, 0.9))
+    }
+    report = experiment.report(results)
+    assert "| tiny | 4 | 2 | 2.500 ± 0.707 | 1.00 ± 0.00 | 9.50 ± 0.71 | 0.90 ± 0.00 |" in report.text
+    assert "one text (speedup less 1): -0.10; **contradicts the paper**." in report.text
+    assert "than the n before: +8.00; as the paper says." in report.text
+    assert report.lines["of given text"] == [(1, 1.5), (4, 9.5)]

@@ -116,6 +116,16 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytes
     ] * 2
 
 
+def test_a_broken_state_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = tmp_path / "cells" / "tiny-n1-seed0.pt"
+    state.parent.mkdir()
+    state.write_bytes(b"no state")
+    assert run("polynomial", tmp_path) == 2
+    assert capsys.readouterr().err == f"error: {state} is no saved state of this run that can be read; delete it.\n"
+    state.unlink()
+    assert run("polynomial", tmp_path, "--seeds", "1") == 0
+
+
 def test_other_data_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scale = replace(SCALES["tiny"]["bytes"], seeds=1, steps=1, heads=(1,))
     run_cells(Bytes(scale), tmp_path, "cpu", "", Console(quiet=True))
