@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from models.errors import UsageError
 from models.train.command import positive, run
 from models.train.experiments.bytes import Bytes
 from models.train.experiments.cell import Scale
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         help="tiny: seconds, learns nothing; small: a quarter of an hour on a core or two; "
         "cpu: an hour on two cores; gpu: sized for 20 minutes on an H100",
     )
+    parser.add_argument("--models", nargs="+", help="only those of these sizes, such as 1M")
     parser.add_argument("--seeds", type=positive, help="models of each kind, instead of the scale's")
     parser.add_argument("--steps", type=positive, help="training steps of each model, instead of the scale's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -59,13 +61,21 @@ def experiment(options: argparse.Namespace, console: Console) -> None:
 
 
 def _scale(options: argparse.Namespace) -> Scale:
+    """Raises UsageError for models that the scale does not have."""
     scale = SCALES[options.scale][options.name]
-    return replace(scale, seeds=options.seeds or scale.seeds, steps=options.steps or scale.steps)
+    if unknown := set(options.models or ()) - set(scale.shapes):
+        known = ", ".join(scale.shapes)
+        raise UsageError(
+            f"--models {' '.join(sorted(unknown))}: at --scale {options.scale}, {options.name} has {known}."
+        )
+    shapes = {name: shape for name, shape in scale.shapes.items() if name in (options.models or scale.shapes)}
+    return replace(scale, shapes=shapes, seeds=options.seeds or scale.seeds, steps=options.steps or scale.steps)
 
 
 def _command(options: argparse.Namespace) -> str:
     """The call that repeats this run."""
     words = ["medusa-serve", "train", "experiment", options.name, "--scale", options.scale, "--output", "DIR"]
+    words += ["--models", *options.models] if options.models else []
     for key in ("seeds", "steps"):
         if getattr(options, key):
             words += [f"--{key}", str(getattr(options, key))]

@@ -62,7 +62,7 @@ SCALES: dict[str, dict[str, Scale]] = {
         "polynomial": _tiny(_POLYNOMIAL, (1, 2), {"trained": 2, "tested": 3, "samples": 6}),
     },
     "small": {
-        "bytes": replace(_BYTES, steps=200, lr=3e-3, extra={**_BYTES.extra, "prompts": 16, "written": 64, "rounds": 3}),
+        "bytes": replace(_BYTES, steps=300, lr=3e-3, extra={**_BYTES.extra, "prompts": 16, "written": 64, "rounds": 3}),
         "induction": replace(_INDUCTION, seeds=2, steps=300, lr=3e-3),
         "polynomial": replace(
             _POLYNOMIAL, shapes=_ONE, steps=500, lr=3e-3, extra={"trained": 2, "tested": 4, "samples": 500}

@@ -116,6 +116,16 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytes
     ] * 2
 
 
+def test_some_models_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("induction", tmp_path, "--models", "tiny", "--seeds", "1", "--steps", "1") == 0
+    assert "--output DIR --models tiny --seeds 1 --steps 1\n" in (tmp_path / "README.md").read_text()
+    options = command._parser().parse_args(["induction", "--output", "x", "--scale", "small", "--models", "3M"])
+    assert list(command._scale(options).shapes) == ["3M"]
+    capsys.readouterr()
+    assert run("induction", tmp_path, "--models", "tiny", "9M") == 2
+    assert capsys.readouterr().err == "error: --models 9M: at --scale tiny, induction has tiny.\n"
+
+
 def test_a_broken_state_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = tmp_path / "cells" / "tiny-n1-seed0.pt"
     state.parent.mkdir()
