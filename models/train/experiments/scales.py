@@ -64,9 +64,7 @@ SCALES: dict[str, dict[str, Scale]] = {
     "small": {
         "bytes": replace(_BYTES, steps=300, lr=3e-3, extra={**_BYTES.extra, "prompts": 16, "written": 64, "rounds": 3}),
         "induction": replace(_INDUCTION, seeds=2, steps=300, lr=3e-3),
-        "polynomial": replace(
-            _POLYNOMIAL, shapes=_ONE, steps=500, lr=3e-3, extra={"trained": 2, "tested": 4, "samples": 500}
-        ),
+        "polynomial": replace(_POLYNOMIAL, shapes=_ONE, steps=500, extra={"trained": 2, "tested": 4, "samples": 500}),
     },
     "cpu": {"bytes": _BYTES, "induction": _INDUCTION, "polynomial": _POLYNOMIAL},
     "gpu": {
