@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import hypot
 from statistics import mean, stdev
 
 from models.train.experiments.cell import Cell, Measured
@@ -31,13 +32,13 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def against(claim: str, ours: Sequence[float], base: Sequence[float], digits: int = 2) -> str:
-    """Whether `ours` is greater than `base` by more than the seeds differ, in words."""
+    """Whether `ours` is greater than `base` by more than twice the spread of such differences, in words."""
     difference = mean(ours) - mean(base)
-    noise = max((stdev(values) for values in (ours, base) if len(values) > 1), default=None)
-    if noise is None:
+    spreads = [stdev(values) for values in (ours, base) if len(values) > 1]
+    if not spreads:
         verdict = "one seed cannot tell"
-    elif abs(difference) <= noise:
-        verdict = "not told apart: within one standard deviation"
+    elif abs(difference) <= 2 * hypot(*spreads):
+        verdict = "not told apart: the seeds differ as much"
     else:
         verdict = "as the paper says" if difference > 0 else "**contradicts the paper**"
     return f"- {claim}: {difference:+.{digits}f}; {verdict}."

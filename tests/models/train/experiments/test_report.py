@@ -18,8 +18,9 @@ def test_the_spread_is_the_samples_standard_deviation() -> None:
     [
         ([3.0, 3.2], [1.0, 1.2], "- more: +2.00; as the paper says."),
         ([1.0, 1.2], [3.0, 3.2], "- more: -2.00; **contradicts the paper**."),
-        ([1.0, 3.0], [1.0, 1.2], "- more: +0.90; not told apart: within one standard deviation."),
-        ([1.0, 1.0], [1.5, 0.0], "- more: +0.25; not told apart: within one standard deviation."),
+        ([1.0, 3.0], [1.0, 1.2], "- more: +0.90; not told apart: the seeds differ as much."),
+        ([1.0, 1.0], [1.5, 0.0], "- more: +0.25; not told apart: the seeds differ as much."),
+        ([1.0, 1.2], [1.3, 1.5], "- more: -0.30; not told apart: the seeds differ as much."),
         ([2.0], [1.0], "- more: +1.00; one seed cannot tell."),
         ([2.0, 2.1], [1.0], "- more: +1.05; as the paper says."),
     ],
