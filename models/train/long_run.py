@@ -21,9 +21,15 @@ _STEPS_BETWEEN_LOSSES = 10
 
 
 def finish(
-    trainer: Pretrainer, state: Path, judge: Callable[[], list[float]], every: int, title: str, console: Console
+    trainer: Pretrainer,
+    state: Path,
+    judge: Callable[[], list[float]],
+    every: int,
+    title: str,
+    console: Console,
+    judged: str = "held-out nats per token by head",
 ) -> None:
-    """Train to the last step. `judge` gives the held-out losses, asked for every `every` steps and at the end.
+    """Train to the last step. `judge` gives what `judged` says, asked for every `every` steps and at the end.
 
     Raises KeyboardInterrupt once the state is saved.
     """
@@ -39,7 +45,7 @@ def finish(
             if trainer.step % every == 0 or trainer.is_done:
                 trainer.losses.append((trainer.step, judge()))
                 told = " ".join(f"{loss:.4f}" for loss in trainer.losses[-1][1])
-                console.print(f"{title}, step {trainer.step}: held-out nats per token by head: {told}")
+                console.print(f"{title}, step {trainer.step}: {judged}: {told}")
             if stopping or trainer.is_done or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
                 trainer.save(state)
                 saved = time.monotonic()
