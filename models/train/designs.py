@@ -106,6 +106,16 @@ def rank(heads: AnyHeads, hidden: Tensor, tokens: NDArray[np.int64], counts: NDA
     return rank_text(heads, hidden, tokens, counts)
 
 
+def describe(heads: AnyHeads) -> str:
+    """What they are, whoever trained them."""
+    return DESIGNS["sequential" if isinstance(heads, SequentialHeads) else "resblock"].describe(heads)
+
+
+def count_parameters(heads: AnyHeads) -> int:
+    """Those of their own, without the model's embedding and LM head."""
+    return sum(parameter.numel() for parameter in heads.parameters())
+
+
 def _in_float(heads: H) -> H:
     for parameter in heads.parameters():
         parameter.data = parameter.data.float()

@@ -13,6 +13,7 @@ import contextlib
 import shlex
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,10 +29,13 @@ from models.source import resolve
 from models.train.acceptance import Text, measure_accuracies, tau_by_nodes
 from models.train.card import model_card
 from models.train.command import positive, run
-from models.train.data import DataError, encode_rows, read_rows
-from models.train.designs import DESIGNS, AnyHeads, rank
+from models.train.data import DataError, Example, encode_rows, read_rows
+from models.train.designs import DESIGNS, AnyHeads, count_parameters, rank
 from models.train.distill import Distiller, Recipe, draft_vocabulary, teachable
-from models.train.evaluate import VALIDATION_FRACTION, held_out
+from models.train.evaluate import VALIDATION_FRACTION, held_out, prompts, time_steps
+from models.train.machine import this_machine
+from models.train.report import REQUESTS, SIZES, Report, Setting, judge, write_report
+from models.train.step_times import Measure, Trial
 from models.train.trunk import Frozen, TrunkCache, build_cache, check_device, load_frozen
 from models.tree import best_static_choices, expected_tau
 
@@ -44,9 +48,9 @@ _SETTINGS = (
 _SECONDS_BETWEEN_SAVES = 120.0
 
 
-def main(argv: list[str]) -> int:
-    """Entry of `medusa-serve train heads`; returns the exit code."""
-    return run(train, _parser().parse_args(argv))
+def main(argv: list[str], measure: Measure | None = None) -> int:
+    """Entry of `medusa-serve train heads`; returns the exit code. Without `measure` the report times nothing."""
+    return run(lambda options, console: train(options, console, measure), _parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train(options: argparse.Namespace, console: Console) -> None:
+def train(options: argparse.Namespace, console: Console, measure: Measure | None = None) -> None:
     """Everything from text to folder; `options` as parsed above. What can be refused without the model, is."""
     _check(options)
     rows = read_rows(options.data)
@@ -104,8 +108,10 @@ def train(options: argparse.Namespace, console: Console) -> None:
     distiller = DESIGNS[options.design].distiller(heads, learned, training, _recipe(options))
     _run(distiller, work / "state.pt", lambda: _score(_rank(heads, cache, judged)), options.resume, console)
     texts = _rank(heads, cache, judged)
-    _write(options, distiller, texts, vocab_size, own=_own_share(cache, judged))
+    own = _own_share(cache, judged)
+    _write(options, distiller, texts, vocab_size, own=own)
     console.print(f"Heads written to {options.output}")
+    _report(options, heads, cache, examples, judged, own, measure, console)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -204,7 +210,7 @@ def _write(
         **asdict(distiller.recipe),
         "positions": distiller.num_positions,
         "all_positions": options.all_positions,
-        "trunk_dtype": "int8" if options.quantization == "int8" else options.dtype,
+        "trunk_dtype": _trunk_dtype(options),
         "validation_fraction": options.validation_fraction,
         "best_epoch": 1 + int(np.argmax(distiller.history.scores)),
         "held_out_own_share": round(own, 4),
@@ -217,6 +223,36 @@ def _write(
         name, _command(options), _machine(options.device), design.describe(heads), heads, texts, taus, facts
     )
     design.save(options.output, heads, base_model=name, vocab_size=vocab_size, card=card, facts=facts)
+
+
+def _report(
+    options: argparse.Namespace,
+    heads: AnyHeads,
+    cache: TrunkCache,
+    examples: Sequence[Example],
+    judged: Sequence[int],
+    own: float,
+    measure: Measure | None,
+    console: Console,
+) -> None:
+    """The report on these heads, beside them."""
+    texts: dict[str, list[Text]] = defaultdict(list)
+    for i in judged:
+        texts[examples[i].category] += _rank(heads, cache, [i])
+    every = [text for part in texts.values() for text in part]
+    trial = Trial(resolve(options.model), [options.output], options.device, prompts(examples, judged), REQUESTS, SIZES)
+    (times,) = time_steps(measure, trial, console)
+    positions = sum(len(text.ranks) for text in every)
+    setting = Setting(
+        options.name or options.model, _trunk_dtype(options), str(this_machine()), len(every), positions, own
+    )
+    name, what = options.output.resolve().name, DESIGNS[options.design].describe(heads)
+    found = judge(name, what, count_parameters(heads), texts, heads.accuracies or (), times)
+    write_report(options.output, Report(setting, [found]))
+
+
+def _trunk_dtype(options: argparse.Namespace) -> str:
+    return "int8" if options.quantization == "int8" else str(options.dtype)
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from models.checkpoint import WEIGHTS_NAME, load_heads
+from models.errors import UsageError
 from models.train import evaluate, heads
 from models.train.acceptance import measure_accuracies, tau_by_nodes
 from models.train.data import Example, encode_rows, read_rows
 from models.train.distill import ResBlockDistiller
 from models.train.sequential import SequentialDistiller
+from models.train.step_times import StepTime, StepTimes, Trial
 from models.train.trunk import load_trunk
 
 SEQUENTIAL = ["--design", "sequential", "--batch-size", "256"]
@@ -53,7 +55,8 @@ def test_training_writes_heads_that_load_and_guess(
     command: list[str], tiny_model: Path, own_text: Path, tmp_path: Path
 ) -> None:
     assert heads.main([*command, "--name", "org/tiny model"]) == 0
-    assert {file.name for file in (tmp_path / "heads").iterdir()} == {"README.md", "config.json", WEIGHTS_NAME}
+    written = {file.name for file in (tmp_path / "heads").iterdir()}
+    assert written == {"README.md", "config.json", WEIGHTS_NAME, "report.md", "report.json", "report.svg"}
     assert {file.name for file in (tmp_path / "heads.work").iterdir()} == {"state.pt", "trunk"}
     config = json.loads((tmp_path / "heads" / "config.json").read_text())
     assert (config["medusa_num_heads"], config["hidden_size"], config["draft_vocab_size"]) == (3, 32, 40)
@@ -64,10 +67,13 @@ def test_training_writes_heads_that_load_and_guess(
     model, tokenizer = load_trunk(tiny_model, torch.float32, "cpu")
     trained = load_heads(tmp_path / "heads", model.get_output_embeddings())
     examples = encode_rows(read_rows([own_text]), tokenizer, validation_fraction=0.3)
-    ranked = [evaluate.rank_example(model, trained, examples[i]) for i in evaluate.held_out(examples)]
-    texts = [text for found, _ in ranked for text in found]
+    ranked = [evaluate.rank_example(model, [trained], examples[i]) for i in evaluate.held_out(examples)]
+    texts = [text for (found,), _ in ranked for text in found]
     assert all(agreed.all() for _, agreed in ranked)
     np.testing.assert_allclose(measure_accuracies(texts), trained.accuracies, atol=0.03)
+    (reported,) = json.loads((tmp_path / "heads" / "report.json").read_text())["designs"]
+    assert reported["name"] == "heads"
+    assert [depth["1"] for depth in reported["top"]] == [shares[0] for shares in trained.accuracies or ()]
     assert tau_by_nodes(texts, trained.accuracies or ())[3].measured > 1.3
 
 
@@ -96,16 +102,50 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert next(steps) < 13 + 30
 
 
-def test_evaluate_prints_both_taus(
+def test_evaluate_reports_on_several_designs_and_times_them(
     command: list[str], own_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert heads.main(command) == 0
-    arguments = [command[0], "--heads", str(tmp_path / "heads"), "--data", str(own_text), "--device", "cpu"]
-    assert evaluate.main([*arguments, "--validation-fraction", "0.3"]) == 0
+    other = [*command, *SEQUENTIAL, "--epochs", "1", "--output", str(tmp_path / "other")]
+    assert heads.main(other) == 0
+    trials: list[Trial] = []
+
+    def measure(trial: Trial) -> list[StepTimes]:
+        trials.append(trial)
+        sizes = [(requests, nodes) for requests in trial.requests for nodes in trial.nodes]
+        return [{size: StepTime(1.0 + size[1], float(i * size[1]), 0.0) for size in sizes} for i in range(2)]
+
+    folders = [str(tmp_path / "heads"), str(tmp_path / "other")]
+    arguments = [command[0], "--heads", *folders, "--data", str(own_text), "--device", "cpu"]
+    arguments += ["--validation-fraction", "0.3", "--report", str(tmp_path / "report")]
+    capsys.readouterr()
+    assert evaluate.main(arguments, measure) == 0
     printed = capsys.readouterr().out
     assert "100.0%" in printed
-    assert "Tokens per step" in printed
-    assert len([line for line in printed.splitlines() if "│" in line]) >= 3 + 7
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [design["name"] for design in found["designs"]] == ["heads", "other"]
+    assert [choice["nodes"] for choice in found["fastest"]] == [0, 0]  # nodes cost as much as whole steps
+    for folder, design in zip(folders, found["designs"], strict=True):
+        accuracies = json.loads((Path(folder) / "config.json").read_text())["accuracies"]
+        np.testing.assert_allclose([d["1"] for d in design["top"]], [row[0] for row in accuracies], atol=0.03)
+        assert f"{design['taus'][3]['measured']:.3f}" in printed
+    (trial,) = trials
+    assert [str(path) for path in trial.heads] == folders
+    assert all(len(prompt) == 1 for prompt in trial.prompts)
+
+    assert evaluate.main([*arguments, "--heads", folders[0], folders[0]]) == 2
+    assert "twice" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_timed_is_reported_on_nevertheless(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(_trial: Trial) -> list[StepTimes]:
+        raise UsageError("There is no engine.")
+
+    assert heads.main([*command, "--epochs", "1"], measure) == 0
+    assert "Step times were not measured: There is no engine." in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "heads" / "report.json").read_text())["fastest"] == []
 
 
 def test_a_sequential_drafter_is_trained_resumed_and_evaluated(
@@ -142,6 +182,7 @@ def test_a_sequential_drafter_is_trained_resumed_and_evaluated(
     assert evaluate.main([*arguments, "--validation-fraction", "0.3"]) == 0
     printed = capsys.readouterr().out
     assert f"{config['accuracies'][0][0]:.3f}" in printed
+    assert "per second" not in printed  # nobody was there to measure
 
 
 @pytest.mark.parametrize(
