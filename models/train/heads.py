@@ -2,7 +2,7 @@
 
 Invariants:
 - the run can be stopped at any time and continued with --resume, with the same result;
-- what is written is the epoch that was best on held-out text, which training never saw;
+- what is written is what was best, of all evaluations, on held-out text, which training never saw;
 - OUTPUT holds what may be published and nothing else; what the run needs for itself lies in --work, beside it.
 """
 
@@ -31,7 +31,7 @@ from models.train.card import model_card
 from models.train.command import positive, run
 from models.train.data import DataError, Example, encode_rows, read_rows
 from models.train.designs import DESIGNS, AnyHeads, count_parameters, rank
-from models.train.distill import Distiller, Recipe, draft_vocabulary, teachable
+from models.train.distill import Distiller, History, Recipe, draft_vocabulary, teachable
 from models.train.evaluate import VALIDATION_FRACTION, held_out, prompts, time_steps
 from models.train.machine import this_machine
 from models.train.report import REQUESTS, SIZES, Report, Setting, judge, write_report
@@ -43,6 +43,7 @@ _SCORED_NODES = 8
 MAX_LENGTH = 1024  # tokens of one example; longer texts are cut
 _SETTINGS = (
     *("name", "design", "quantization", "num_heads", "num_layers", "draft_vocab", "epochs", "batch_size", "lr", "seed"),
+    *("evaluations", "patience"),
     *("validation_fraction", "all_positions", "dtype"),
 )
 _SECONDS_BETWEEN_SAVES = 120.0
@@ -71,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=positive, help="by default what suits the design, as the next two")
     parser.add_argument("--batch-size", type=positive, help="positions per step")
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--evaluations", type=positive, default=1, help="on held-out text in each epoch")
+    parser.add_argument("--patience", type=positive, help="end after so many evaluations that are no better")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validation-fraction", type=float, default=VALIDATION_FRACTION)
     parser.add_argument("--all-positions", action="store_true", help="learn from what users and system wrote, too")
@@ -129,8 +132,9 @@ def _load(options: argparse.Namespace) -> Frozen:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    chosen = {key: getattr(options, key) for key in ("epochs", "batch_size", "lr") if getattr(options, key) is not None}
-    return replace(DESIGNS[options.design].recipe, seed=options.seed, **chosen)
+    keys = ("epochs", "batch_size", "lr", "patience")
+    chosen = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
+    return replace(DESIGNS[options.design].recipe, seed=options.seed, evaluations=options.evaluations, **chosen)
 
 
 def _new_heads(frozen: Frozen, cache: TrunkCache, training: NDArray[np.bool_], options: argparse.Namespace) -> AnyHeads:
@@ -167,10 +171,10 @@ def _score(texts: Sequence[Text]) -> float:
 
 
 def _run(distiller: Distiller[Any], state: Path, score: Callable[[], float], resume: bool, console: Console) -> None:
-    """Train to the end, saving at each epoch, every few minutes and when asked to stop."""
+    """Train to the end, saving at each evaluation, every few minutes and when asked to stop."""
     if resume and state.exists():
         distiller.load(state)
-    saved = time.monotonic()
+    saved, told = time.monotonic(), [""] * len(distiller.history.scores)
     with _progress(console) as progress, _stop_requests() as stopping:
         task = progress.add_task("Training", total=distiller.recipe.epochs * distiller.batches_per_epoch)
 
@@ -178,16 +182,24 @@ def _run(distiller: Distiller[Any], state: Path, score: Callable[[], float], res
             nonlocal saved
             at = distiller.position
             progress.update(task, completed=at.epoch * distiller.batches_per_epoch + at.batch)
-            if at.batch == 0:
-                loss, tau = distiller.history.losses[-1], distiller.history.scores[-1]
-                console.print(f"epoch {at.epoch}: loss {loss:.4f}, held-out tau at {_SCORED_NODES} nodes {tau:.3f}")
-            if stopping or at.batch == 0 or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+            is_new = len(distiller.history.scores) > len(told)
+            if is_new:
+                told.append(_tell(distiller.history))
+                console.print(told[-1])
+            if stopping or is_new or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
                 distiller.save(state)
                 saved = time.monotonic()
             if stopping:
                 raise KeyboardInterrupt
 
         distiller.run(score, on_batch)
+    if distiller.has_lost_patience:
+        console.print(f"Ended early: the last {distiller.recipe.patience} evaluations were no better than the best.")
+
+
+def _tell(history: History) -> str:
+    epoch, loss, tau = history.epochs[-1], history.losses[-1], history.scores[-1]
+    return f"epoch {epoch:.3g}: loss {loss:.4f}, held-out tau at {_SCORED_NODES} nodes {tau:.3f}"
 
 
 @contextlib.contextmanager
@@ -212,7 +224,7 @@ def _write(
         "all_positions": options.all_positions,
         "trunk_dtype": _trunk_dtype(options),
         "validation_fraction": options.validation_fraction,
-        "best_epoch": 1 + int(np.argmax(distiller.history.scores)),
+        "best_epoch": round(distiller.history.epochs[distiller.history.best], 3),
         "held_out_own_share": round(own, 4),
         "losses": [round(loss, 4) for loss in distiller.history.losses],
         "held_out_tau_8_nodes": [round(score, 4) for score in distiller.history.scores],

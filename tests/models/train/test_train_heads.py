@@ -77,6 +77,19 @@ def test_training_writes_heads_that_load_and_guess(
     assert tau_by_nodes(texts, trained.accuracies or ())[3].measured > 1.3
 
 
+def test_training_ends_early_and_says_so(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([2.0, 3.0, 2.5, 2.0])
+    monkeypatch.setattr(heads, "_score", lambda _texts: next(scores))
+    assert heads.main([*command, "--epochs", "5", "--evaluations", "2", "--patience", "2"]) == 0
+    assert "Ended early: the last 2 evaluations" in " ".join(capsys.readouterr().out.split())
+    training = json.loads((tmp_path / "heads" / "config.json").read_text())["training"]
+    assert training["held_out_tau_8_nodes"] == [2.0, 3.0, 2.5, 2.0]
+    assert training["best_epoch"] == 1
+    assert "--evaluations 2 --patience 2" in (tmp_path / "heads" / "README.md").read_text()
+
+
 def test_stopped_and_resumed_equals_uninterrupted(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
