@@ -25,7 +25,7 @@ from models.source import resolve
 from models.train.acceptance import Text
 from models.train.command import run
 from models.train.data import DataError, Example, encode_rows, read_rows
-from models.train.designs import AnyHeads, count_parameters, describe, rank
+from models.train.designs import AnyHeads, count_parameters, describe, inner_layers, rank
 from models.train.machine import this_machine
 from models.train.report import REQUESTS, SIZES, Design, Report, Setting, judge, markdown, write_report
 from models.train.step_times import Measure, StepTimes, Trial
@@ -143,7 +143,10 @@ def rank_example(
 ) -> tuple[list[list[Text]], NDArray[np.bool_]]:
     """Ranks of one example by each design, and of each counted token whether it is the model's own greedy choice."""
     tokens, counts = np.array(example.tokens), np.array(example.counts)
-    hidden, logits = forward_with_hidden(model, torch.from_numpy(tokens)[None].to(model.device))
+    shown = sorted({layer for heads in designs for layer in inner_layers(heads)})
+    states, logits = forward_with_hidden(model, torch.from_numpy(tokens)[None].to(model.device), shown)
     greedy = logits[0].argmax(-1).cpu().numpy()
     agreed = (greedy[:-1] == tokens[1:])[counts[1:]]
-    return [rank(heads, hidden[0], tokens, counts) for heads in designs], agreed
+    parts = states[0].view(len(tokens), len(shown) + 1, -1)  # [positions, layers shown and the last, hidden]
+    hidden = [parts[:, [*map(shown.index, inner_layers(heads)), -1]].flatten(1) for heads in designs]
+    return [rank(heads, own, tokens, counts) for heads, own in zip(designs, hidden, strict=True)], agreed

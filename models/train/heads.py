@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from models.inner import low_and_middle
 from models.source import resolve
 from models.train.acceptance import Text, measure_accuracies, tau_by_nodes
 from models.train.card import model_card
 from models.train.command import positive, run
 from models.train.data import DataError, Example, encode_rows, read_rows
-from models.train.designs import DESIGNS, AnyHeads, count_parameters, rank
+from models.train.designs import DESIGNS, AnyHeads, Sizes, count_parameters, rank
 from models.train.distill import Distiller, History, Recipe, draft_vocabulary, teachable
 from models.train.evaluate import VALIDATION_FRACTION, held_out, prompts, time_steps
 from models.train.machine import this_machine
@@ -40,9 +41,22 @@ from models.train.trunk import Frozen, TrunkCache, build_cache, check_device, lo
 from models.tree import best_static_choices, expected_tau
 
 _SCORED_NODES = 8
+FEATURES = ("last", "low,mid,last")
 MAX_LENGTH = 1024  # tokens of one example; longer texts are cut
 _SETTINGS = (
-    *("name", "design", "quantization", "num_heads", "num_layers", "draft_vocab", "epochs", "batch_size", "lr", "seed"),
+    *(
+        "name",
+        "design",
+        "quantization",
+        "num_heads",
+        "num_layers",
+        "features",
+        "draft_vocab",
+        "epochs",
+        "batch_size",
+        "lr",
+        "seed",
+    ),
     *("evaluations", "patience"),
     *("validation_fraction", "all_positions", "dtype"),
 )
@@ -68,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num-heads", type=positive, default=4, help="tokens guessed ahead")
     parser.add_argument("--num-layers", type=positive, default=1, help="residual blocks per head")
+    parser.add_argument(
+        "--features", choices=FEATURES, default="last", help="states of the model that residual heads see"
+    )
     parser.add_argument("--draft-vocab", type=int, default=8192, help="tokens that heads can guess; 0 is all")
     parser.add_argument("--epochs", type=positive, help="by default what suits the design, as the next two")
     parser.add_argument("--batch-size", type=positive, help="positions per step")
@@ -101,7 +118,8 @@ def train(options: argparse.Namespace, console: Console, measure: Measure | None
     if not any(any(example.counts[2:]) for example in examples if not example.held_out):
         raise DataError("No text is left to learn from; give more, or a smaller --validation-fraction.")
     with _progress(console) as progress:
-        cache = build_cache(frozen.trunk, examples, work / "trunk", progress=_bar(progress, "Running the trunk"))
+        bar = _bar(progress, "Running the trunk")
+        cache = build_cache(frozen.trunk, examples, work / "trunk", inner_layers=_inner(options, frozen), progress=bar)
     training = np.array([not example.held_out for example in examples])
     heads = _new_heads(frozen, cache, training, options)
     vocab_size = len(frozen.lm_head)
@@ -121,6 +139,8 @@ def _check(options: argparse.Namespace) -> None:
     """Raise DataError or TrunkError for options that make no sense together or here."""
     if options.design == "sequential" and options.num_layers != 1:
         raise DataError("--num-layers is for --design resblock: a sequential drafter has one layer.")
+    if options.design == "sequential" and options.features != "last":
+        raise DataError("--features is for --design resblock: a sequential drafter sees the last state.")
     if options.quantization == "int8" and options.device != "cpu":
         raise DataError("--quantization int8 is for --device cpu: leave one of them out.")
     check_device(options.device)
@@ -141,7 +161,13 @@ def _new_heads(frozen: Frozen, cache: TrunkCache, training: NDArray[np.bool_], o
     positions = teachable(cache) & np.repeat(training, np.diff(cache.starts))
     token_ids = draft_vocabulary(cache, positions, len(frozen.lm_head), options.draft_vocab, frozen.ends)
     torch.manual_seed(options.seed)
-    return DESIGNS[options.design].new(frozen, token_ids, options.num_heads, options.num_layers)
+    sizes = Sizes(options.num_heads, options.num_layers, _inner(options, frozen))
+    return DESIGNS[options.design].new(frozen, token_ids, sizes)
+
+
+def _inner(options: argparse.Namespace, frozen: Frozen) -> tuple[int, ...]:
+    """Raises InnerLayersError if the model has too few layers."""
+    return () if options.features == "last" else low_and_middle(int(frozen.config.num_hidden_layers))
 
 
 def _rank(heads: AnyHeads, cache: TrunkCache, judged: Sequence[int]) -> list[Text]:

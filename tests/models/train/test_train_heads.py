@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 from models.checkpoint import WEIGHTS_NAME, load_heads
 from models.errors import UsageError
@@ -21,6 +22,7 @@ from models.train.distill import ResBlockDistiller
 from models.train.sequential import SequentialDistiller
 from models.train.step_times import StepTime, StepTimes, Trial
 from models.train.trunk import load_trunk
+from tests.small_models import small_llama
 
 SEQUENTIAL = ["--design", "sequential", "--batch-size", "256"]
 
@@ -33,6 +35,15 @@ def command(tiny_model: Path, own_text: Path, tmp_path: Path) -> list[str]:
         *("--num-heads", "3", "--draft-vocab", "40", "--epochs", "3", "--batch-size", "64", "--lr", "0.01"),
         *("--validation-fraction", "0.3", "--design", "resblock"),
     ]
+
+
+@pytest.fixture(scope="session")
+def deep_model(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of four layers, the least that have a low and a middle one before the last."""
+    folder = tmp_path_factory.mktemp("deep")
+    small_llama(num_hidden_layers=4, max_position_embeddings=2048).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -203,6 +214,8 @@ def test_a_sequential_drafter_is_trained_resumed_and_evaluated(
     [
         (["--design", "sequential", "--num-layers", "2"], "has one layer"),
         (["--quantization", "int8", "--device", "meta"], "is for --device cpu"),
+        (["--design", "sequential", "--features", "low,mid,last"], "sees the last state"),
+        (["--features", "low,mid,last"], "A model of 2 layers has no low and middle ones; give --features last"),
     ],
 )
 def test_options_that_make_no_sense_together_are_refused(
@@ -210,6 +223,29 @@ def test_options_that_make_no_sense_together_are_refused(
 ) -> None:
     assert heads.main([*command, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_heads_that_see_inner_layers_are_trained_and_evaluated_beside_others(
+    command: list[str], deep_model: Path, own_text: Path, tmp_path: Path, quantization: str
+) -> None:
+    deep = [str(deep_model), *command[1:], "--epochs", "2", "--quantization", quantization]
+    assert heads.main([*deep, "--features", "low,mid,last", "--num-layers", "2"]) == 0
+    folders = [str(tmp_path / "heads"), str(tmp_path / "last")]
+    assert heads.main([*deep, "--output", folders[1]]) == 0
+    config = json.loads((tmp_path / "heads" / "config.json").read_text())
+    assert (config["inner_layers"], config["medusa_num_layers"]) == ([0, 1], 2)
+    card = (tmp_path / "heads" / "README.md").read_text()
+    assert "--num-layers 2 --features low,mid,last" in card
+    assert "outputs of layers 0, 1, too" in card
+
+    report = [str(deep_model), "--data", str(own_text), "--device", "cpu", "--report", str(tmp_path / "report")]
+    assert evaluate.main([*report, "--heads", *folders, "--validation-fraction", "0.3"]) == 0
+    found = json.loads((tmp_path / "report" / "report.json").read_text())["designs"]
+    for folder, design in zip(folders, found, strict=True):
+        (trained,) = json.loads((Path(folder) / "report.json").read_text())["designs"]
+        for depth, expected in zip(design["top"], trained["top"], strict=True):
+            assert depth["1"] == pytest.approx(expected["1"], abs=0.03)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
