@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -126,8 +126,8 @@ class Engine:
         now = self._clock()
         self._left_at = now if self.has_work else None
         self._ran_at = self._ran_at if self.has_work else None
-        stats = replace(
-            self._stats(works),
+        stats = self._stats(
+            works,
             step_seconds=now - started,
             model_seconds=trees.draft_seconds + self._run_seconds,
             draft_seconds=trees.draft_seconds,
@@ -165,9 +165,11 @@ class Engine:
         taken = now - (started if self._ran_at is None else self._ran_at)  # from one forward pass to the next
         self._ran_at = now
         load, cost = trees.load, self.cost
-        features = [a + b for a, b in zip(load.features, trees.node_features, strict=True)]
-        num_rows = load.num_rows + trees.num_nodes
-        nodes = cost.run_seconds(num_rows, features) - cost.run_seconds(load.num_rows, load.features)
+        num_rows, features, nodes = load.num_rows, load.features, 0.0
+        if trees.num_nodes:
+            num_rows += trees.num_nodes
+            features = [a + b for a, b in zip(features, trees.node_features, strict=True)]
+            nodes = cost.run_seconds(num_rows, features) - cost.run_seconds(load.num_rows, load.features)
         plain = self._meter.plain(load, taken, nodes + trees.draft_seconds, is_control=trees.is_control)
         if load.is_pure and load.num_decoding:
             cost.learn_run(num_rows, features, self._run_seconds)
@@ -273,31 +275,41 @@ class Engine:
         self.runner.forget(request)
         return replace(delta, finish=finish, stats=request.stats(self._clock()))
 
-    def _stats(self, works: Sequence[Work]) -> StepStats:
+    def _stats(self, works: Sequence[Work], **seconds: float) -> StepStats:
         """Counts of this step."""
         scheduler = self.scheduler
         drafts = [work for work in works if work.node_tokens]
-        accepted = [len(work.accepted) for work in drafts]
-        drafted_from = Counter(source for work in drafts for source in work.node_sources)
-        accepted_from = Counter(work.node_sources[node] for work in drafts for node in work.accepted)
         return StepStats(
+            **seconds,
+            **_of_drafts(drafts),
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             kv_cache_usage=1 - scheduler.num_available / max(scheduler.slots.num_slots, 1),
             num_rows=sum([work.num_chain + len(work.node_tokens) for work in works]),
             num_prompt_rows=sum([work.num_chain - work.reaches_end for work in works]),
             num_preemptions=scheduler.num_preemptions,
-            num_drafts=len(drafts),
-            num_draft_tokens=sum([len(work.node_tokens) for work in drafts]),
-            num_accepted_tokens=sum(accepted),
-            drafted_per_depth=_counted([depth for work in drafts for depth in work.node_depths]),
-            tree_sizes=tuple([len(work.node_tokens) for work in drafts]),
-            accepted_per_depth=tuple([sum([n > d for n in accepted]) for d in range(max(accepted, default=0))]),
-            drafted_by_source=tuple([drafted_from[source] for source in DRAFT_SOURCES]),
-            accepted_by_source=tuple([accepted_from[source] for source in DRAFT_SOURCES]),
             prefix_cache_queries=scheduler.prefix_queries,
             prefix_cache_hits=scheduler.prefix_hits,
         )
+
+
+def _of_drafts(drafts: Sequence[Work]) -> dict[str, Any]:
+    """Fields of `StepStats` that count nodes."""
+    if not drafts:
+        return {}
+    accepted = [len(work.accepted) for work in drafts]
+    drafted_from = Counter(source for work in drafts for source in work.node_sources)
+    accepted_from = Counter(work.node_sources[node] for work in drafts for node in work.accepted)
+    return {
+        "num_drafts": len(drafts),
+        "num_draft_tokens": sum([len(work.node_tokens) for work in drafts]),
+        "num_accepted_tokens": sum(accepted),
+        "drafted_per_depth": _counted([depth for work in drafts for depth in work.node_depths]),
+        "tree_sizes": tuple([len(work.node_tokens) for work in drafts]),
+        "accepted_per_depth": tuple([sum([n > d for n in accepted]) for d in range(max(accepted, default=0))]),
+        "drafted_by_source": tuple([drafted_from[source] for source in DRAFT_SOURCES]),
+        "accepted_by_source": tuple([accepted_from[source] for source in DRAFT_SOURCES]),
+    }
 
 
 def _counted(depths: Sequence[int]) -> tuple[int, ...]:

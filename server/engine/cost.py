@@ -111,6 +111,8 @@ class Curve:
 
 def isotonic(values: Sequence[float]) -> list[float]:
     """The nearest numbers, by squares, that do not fall (pool adjacent violators, Ayer et al. 1955)."""
+    if values == sorted(values):  # as nearly always
+        return list(values)
     pools: list[tuple[float, int]] = []  # sum and number of neighbours that share their mean
     for value in values:
         total, count = value, 1

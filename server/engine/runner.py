@@ -188,7 +188,7 @@ class Runner:
         scored = [_scored_rows(work, start) for work, start in zip(works, starts, strict=False)]
         kept = [self._kept_rows(*each) for each in zip(works, starts, scored, strict=False)]
         logits, hidden = self._forward(works, kept, scored)
-        states = torch.split(hidden, list(map(len, kept)))
+        states = hidden.split_with_sizes(list(map(len, kept)))
         firsts = [0, *accumulate(map(len, scored))]
         rows = [self._rows(work) for work in works]
         # a prompt's own rows come first among its scored rows; those sampled from are the last of them
