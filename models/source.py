@@ -24,6 +24,7 @@ __all__ = [
     "DEFAULT_HEADS",
     "DEFAULT_MODEL",
     "MTP_MODEL_TYPE",
+    "OWN_HEADS",
     "ModelSourceError",
     "check_heads",
     "has_own_heads",
@@ -36,6 +37,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_HEADS = Path(__file__).parent / "heads" / DEFAULT_MODEL
 CONVERTER_VERSION = "1"  # another when models.gguf or models.meta writes something else for the same file
 MTP_MODEL_TYPE = "meta_multi_token"  # that of models.mtp
+OWN_HEADS = "heads"  # the folder of heads inside that of a model that was trained with them
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 
@@ -121,12 +123,15 @@ def causal_models() -> frozenset[str] | None:
 
 
 def resolve_heads(heads: str | None, model: str) -> Path | None:
-    """File or folder of the heads to use: those built in for the default model if None, and none for "none".
+    """File or folder of the heads to use; none for "none".
+
+    For None those built in for the default model, or those in a model's own folder (`train heads --joint`).
 
     Raises ModelSourceError.
     """
     if heads is None:
-        return DEFAULT_HEADS if model == DEFAULT_MODEL and DEFAULT_HEADS.is_dir() else None
+        own = DEFAULT_HEADS if model == DEFAULT_MODEL else _local(model) / OWN_HEADS
+        return own if (own / "config.json").is_file() else None
     path = _local(heads)
     if heads != "none" and not path.exists():
         raise ModelSourceError(f"There are no heads at {heads}: check the path, or pass --heads none.")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 Accuracies = tuple[tuple[float, ...], ...]  # [heads][rank]
 
@@ -66,6 +66,13 @@ class ResBlockHeads(nn.Module):
         x = hidden.expand(self.num_heads, -1, -1)
         for weight, bias in zip(self.weight, self.bias, strict=True):
             x = x + silu(torch.baddbmm(bias, x, weight.transpose(1, 2)))
+        return x
+
+    def state_of(self, head: int, hidden: Tensor) -> Tensor:
+        """What enters the LM head of one head: [batch, hidden] -> [batch, hidden]."""
+        x = hidden
+        for weight, bias in zip(self.weight[:, head], self.bias[:, head, 0], strict=True):
+            x = x + silu(linear(x, weight, bias))
         return x
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """`medusa-serve train heads`: from a frozen model and its own text to a folder with heads, accuracies and a model card.
 
+With --joint a second stage follows (`joint`), and the folder is the changed model with its heads in `heads/`.
+
 Invariants:
 - the run can be stopped at any time and continued with --resume, with the same result;
 - what is written is the epoch that was best on held-out text, which training never saw;
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +27,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from models.source import resolve
+from models.drafters.resblock import ResBlockHeads
+from models.source import OWN_HEADS, resolve
 from models.train.acceptance import Text, measure_accuracies, tau_by_nodes
 from models.train.card import model_card
 from models.train.command import positive, run
@@ -32,14 +36,16 @@ from models.train.data import DataError, encode_rows, read_rows
 from models.train.designs import DESIGNS, AnyHeads, rank
 from models.train.distill import Distiller, Recipe, draft_vocabulary, teachable
 from models.train.evaluate import VALIDATION_FRACTION, held_out
+from models.train.medusa2 import Joint, train_jointly
 from models.train.trunk import Frozen, TrunkCache, build_cache, check_device, load_frozen
 from models.tree import best_static_choices, expected_tau
 
 _SCORED_NODES = 8
 MAX_LENGTH = 1024  # tokens of one example; longer texts are cut
+_JOINT_SETTINGS = ("joint_epochs", "joint_lr", "joint_rows")
 _SETTINGS = (
     *("name", "design", "quantization", "num_heads", "num_layers", "draft_vocab", "epochs", "batch_size", "lr", "seed"),
-    *("validation_fraction", "all_positions", "dtype"),
+    *("validation_fraction", "all_positions", "dtype", "joint", *_JOINT_SETTINGS),
 )
 _SECONDS_BETWEEN_SAVES = 120.0
 
@@ -75,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
         "--quantization", choices=("int8", "none"), default="none", help="int8: learn from the model as a CPU serves it"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--joint", action="store_true", help="then trunk and heads together (Medusa-2): a new model")
+    parser.add_argument("--joint-epochs", type=positive, help="by default the paper's, as the next two, or near it")
+    parser.add_argument("--joint-lr", type=float, help="of the trunk; the heads' is four times as large")
+    parser.add_argument("--joint-rows", type=positive, help="tokens per step")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     return parser
 
@@ -103,15 +113,28 @@ def train(options: argparse.Namespace, console: Console) -> None:
     learned = replace(cache, counts=np.ones_like(cache.counts)) if options.all_positions else cache
     distiller = DESIGNS[options.design].distiller(heads, learned, training, _recipe(options))
     _run(distiller, work / "state.pt", lambda: _score(_rank(heads, cache, judged)), options.resume, console)
+    folder, joint = options.output, None
+    if options.joint:
+        assert isinstance(heads, ResBlockHeads)
+        joint = train_jointly(options, heads, examples, work, console)
+        merged = [examples[i] for i in judged]
+        shutil.rmtree(work / "merged", ignore_errors=True)  # it is named by what both trunks have in common
+        with _progress(console) as progress:
+            cache = build_cache(joint.model, merged, work / "merged", progress=_bar(progress, "Running the new trunk"))
+        folder, judged = options.output / OWN_HEADS, list(range(len(merged)))
     texts = _rank(heads, cache, judged)
-    _write(options, distiller, texts, vocab_size, own=_own_share(cache, judged))
-    console.print(f"Heads written to {options.output}")
+    _write(options, folder, distiller, joint, texts, vocab_size, own=_own_share(cache, judged))
+    console.print(f"{'Model and heads' if joint else 'Heads'} written to {options.output}")
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raise DataError or TrunkError for options that make no sense together or here."""
     if options.design == "sequential" and options.num_layers != 1:
         raise DataError("--num-layers is for --design resblock: a sequential drafter has one layer.")
+    if options.joint and (options.design != "resblock" or options.quantization == "int8"):
+        raise DataError("--joint is for --design resblock and --quantization none: Medusa-2 is made of these.")
+    if not options.joint and any(getattr(options, key) is not None for key in _JOINT_SETTINGS):
+        raise DataError("--joint-epochs, --joint-lr and --joint-rows are for --joint: add it, or leave them out.")
     if options.quantization == "int8" and options.device != "cpu":
         raise DataError("--quantization int8 is for --device cpu: leave one of them out.")
     check_device(options.device)
@@ -196,7 +219,13 @@ def _stop_requests() -> Iterator[list[int]]:
 
 
 def _write(
-    options: argparse.Namespace, distiller: Distiller[Any], texts: Sequence[Text], vocab_size: int, own: float
+    options: argparse.Namespace,
+    folder: Path,
+    distiller: Distiller[Any],
+    joint: Joint | None,
+    texts: Sequence[Text],
+    vocab_size: int,
+    own: float,
 ) -> None:
     heads, design = distiller.heads, DESIGNS[options.design]
     heads.accuracies = measure_accuracies(texts)
@@ -216,7 +245,10 @@ def _write(
     card = model_card(
         name, _command(options), _machine(options.device), design.describe(heads), heads, texts, taus, facts
     )
-    design.save(options.output, heads, base_model=name, vocab_size=vocab_size, card=card, facts=facts)
+    if joint is not None:
+        facts, card = facts | {"joint": joint.facts}, card + joint.card()
+        joint.save(options.output, card)
+    design.save(folder, heads, base_model=name, vocab_size=vocab_size, card=card, facts=facts)
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -10,18 +10,42 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from models.train.multi_token import Pretrainer
+from torch import Tensor
 
 _SECONDS_BETWEEN_SAVES = 120.0
 _STEPS_BETWEEN_LOSSES = 10
 
 
+class Trainer(Protocol):
+    """What can be run a step at a time, saved and told of."""
+
+    step: int
+    losses: list[tuple[int, list[float]]]  # (steps done, held-out losses), whenever they were measured
+
+    @property
+    def num_steps(self) -> int: ...
+
+    @property
+    def is_done(self) -> bool: ...
+
+    def advance(self) -> Tensor: ...
+
+    def save(self, path: Path) -> None: ...
+
+
 def finish(
-    trainer: Pretrainer, state: Path, judge: Callable[[], list[float]], every: int, title: str, console: Console
+    trainer: Trainer,
+    state: Path,
+    judge: Callable[[], list[float]],
+    every: int,
+    title: str,
+    console: Console,
+    *,
+    losses_are: str = "nats per token by head",
 ) -> None:
     """Train to the last step. `judge` gives the held-out losses, asked for every `every` steps and at the end.
 
@@ -30,7 +54,7 @@ def finish(
     saved = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress, stop_requests() as stopping:
-        task = progress.add_task(title, total=trainer.recipe.steps, completed=trainer.step)
+        task = progress.add_task(title, total=trainer.num_steps, completed=trainer.step)
         while not trainer.is_done:
             losses = trainer.advance()
             if trainer.step % _STEPS_BETWEEN_LOSSES == 0:
@@ -39,7 +63,7 @@ def finish(
             if trainer.step % every == 0 or trainer.is_done:
                 trainer.losses.append((trainer.step, judge()))
                 told = " ".join(f"{loss:.4f}" for loss in trainer.losses[-1][1])
-                console.print(f"{title}, step {trainer.step}: held-out nats per token by head: {told}")
+                console.print(f"{title}, step {trainer.step}: held-out {losses_are}: {told}")
             if stopping or trainer.is_done or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
                 trainer.save(state)
                 saved = time.monotonic()

@@ -115,6 +115,10 @@ class Pretrainer:
         )
 
     @property
+    def num_steps(self) -> int:
+        return self.recipe.steps
+
+    @property
     def is_done(self) -> bool:
         return self.step >= self.recipe.steps
 
