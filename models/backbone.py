@@ -43,7 +43,7 @@ from models.probe import (
     refusal,
     set_attention,
 )
-from models.quantize import quantize_linears
+from models.quantize import Quantization, default_quantization, quantize_linears
 
 __all__ = ["Backbone", "BackboneError"]
 
@@ -99,22 +99,33 @@ class Backbone:
         module: nn.Module = self._model.get_output_embeddings()
         return module
 
-    def quantize(self) -> None:
-        """Make the weights int8 and the cache binary16, for the C kernels. Raises `KernelError` if they cannot be had.
+    @property
+    def is_packed(self) -> bool:
+        """Whether the C kernels run its weights."""
+        return self.quantization != "none"
 
+    def default_quantization(self) -> Quantization:
+        """See `models.quantize`; only before `quantize`."""
+        return default_quantization(self._model)
+
+    def quantize(self, quantization: Quantization = "int8") -> None:
+        """Make the weights int8 or int4 and the cache binary16, for the C kernels.
+
+        Raises `KernelError` if they cannot be had. The output embedding is int8 always.
         For float32 models on a CPU, once. A model of the common shape becomes one call a step; another keeps its code.
         """
         kernels()
-        self.kv_dtype, self.quantization = torch.float16, "int8"
+        self.kv_dtype, self.quantization = torch.float16, quantization
+        bits = 4 if quantization == "int4" else 8
         if can_fuse(self._model, self._attention.scorings):
             self.max_position_embeddings = self.max_position_embeddings or MAX_POSITIONS
-            self._fused = FusedModel(self._model, self._attention.scorings, self.max_position_embeddings)
+            self._fused = FusedModel(self._model, self._attention.scorings, self.max_position_embeddings, bits)
             if self.lm_head_weight.data_ptr() == self._model.get_input_embeddings().weight.data_ptr():
                 self.lm_head_weight = self._fused.embedding
             del self._model  # and its float32 weights
             return
         self._attention.kernel = c_attention
-        quantize_linears(self._model)
+        quantize_linears(self._model, bits)
         self._model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
 
     @property

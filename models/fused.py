@@ -66,8 +66,8 @@ def can_fuse_drafter(heads: SequentialHeads) -> bool:
 class FusedLayers:
     """Layers of the common shape, packed, and the buffers that a step of them works in."""
 
-    def __init__(self, layers: Sequence[Any], scorings: Sequence[Scoring]) -> None:
-        """`layers`: transformers' modules, float32 on a CPU."""
+    def __init__(self, layers: Sequence[Any], scorings: Sequence[Scoring], bits: int = 8) -> None:
+        """`layers`: transformers' modules, float32 on a CPU; `bits` of their weights: 8 or 4."""
         first = layers[0]
         self._dim: int = first.self_attn.head_dim
         self._heads: int = first.self_attn.q_proj.out_features // self._dim
@@ -77,12 +77,12 @@ class FusedLayers:
         self._kept: list[object] = []  # what the structs point into
         self._pool: KVPool | None = None  # the one whose addresses they hold
         self._num_rows = 0  # that the buffers have room for
-        self._scorings = scorings
+        self._scorings, self._bits = scorings, bits
         packed = [self._pack(layer) for layer in layers]
         self._layers = (cpu.LayerStruct * len(packed))(*packed)
 
     def _trunk(
-        self, embedding: Tensor, norm: Tensor, head: tuple[Tensor, Tensor | None], rotary: nn.Module, positions: int
+        self, embedding: Tensor, norm: Tensor, head: cpu.LinearStruct, rotary: nn.Module, positions: int
     ) -> cpu.TrunkStruct:
         """`embedding` is not copied: the caller keeps it."""
         cosines, sines = _rotations(rotary, positions)
@@ -91,7 +91,7 @@ class FusedLayers:
             len(self._layers),
             cpu.address(embedding),
             self._keep(norm),
-            self._linear(head),
+            head,
             self._keep(cosines),
             self._keep(sines),
             cosines.shape[1],
@@ -135,8 +135,8 @@ class FusedLayers:
             is_rotary=bool(getattr(attn, "use_rope", True)),
         )
 
-    def _linear(self, parts: tuple[Tensor, Tensor | None]) -> cpu.LinearStruct:
-        packed = cpu.PackedLinear(*parts)
+    def _linear(self, parts: tuple[Tensor, Tensor | None], bits: int | None = None) -> cpu.LinearStruct:
+        packed = cpu.PackedLinear(*parts, bits or self._bits)
         self._kept.append(packed)
         return packed.struct
 
@@ -149,18 +149,19 @@ class FusedLayers:
 class FusedModel(FusedLayers):
     """Has packed what it needs of the modules, which can be thrown away; of their tensors it keeps the embedding."""
 
-    def __init__(self, model: PreTrainedModel, scorings: Mapping[int, Scoring], num_positions: int) -> None:
-        """`model`, float32 on a CPU, must be one that `can_fuse`."""
+    def __init__(
+        self, model: PreTrainedModel, scorings: Mapping[int, Scoring], num_positions: int, bits: int = 8
+    ) -> None:
+        """`model`, float32 on a CPU, must be one that `can_fuse`. `bits`: the layers'; the output embedding has 8."""
         trunk: Any = model.model
-        super().__init__(trunk.layers, [scorings[layer.self_attn.layer_idx] for layer in trunk.layers])
+        super().__init__(trunk.layers, [scorings[layer.self_attn.layer_idx] for layer in trunk.layers], bits)
         head: nn.Linear = model.get_output_embeddings()
         self._vocab_size = head.out_features
         self.embedding: Tensor = (
             trunk.embed_tokens.weight.detach().clone()
         )  # a copy: the loaded one may hold a whole file open
-        self._struct = self._trunk(
-            self.embedding, trunk.norm.weight, (head.weight, head.bias), trunk.rotary_emb, num_positions
-        )
+        packed = self._linear((head.weight, head.bias), 8)
+        self._struct = self._trunk(self.embedding, trunk.norm.weight, packed, trunk.rotary_emb, num_positions)
 
     def forward(
         self, tokens: Tensor, batch: Batch, pool: KVPool, rows: Tensor, scored: Tensor | None = None
@@ -180,18 +181,19 @@ class FusedModel(FusedLayers):
 
 
 class FusedSequential(FusedLayers):
-    """A sequential drafter as one call a depth, for serving on a CPU."""
+    """A sequential drafter as one call a depth, for serving on a CPU. Guesses need no more than four bits."""
 
     def __init__(self, heads: SequentialHeads, num_positions: int) -> None:
         """`heads`: float32 on a CPU. The pool that it works on has one layer."""
-        super().__init__([heads.layer], [Scoring(heads.shape.head_dim**-0.5)])
+        super().__init__([heads.layer], [Scoring(heads.shape.head_dim**-0.5)], bits=4)
         self.embedding = heads.embedding
         self._token_ids = heads.token_ids
         ranks = min(growth.NUM_RANKS, len(heads.token_ids))
         self._rules = cpu.RulesStruct(
             ranks, growth.WIDTH, heads.num_heads, growth.LEAST_VALUE, growth.NEXT_RIGHT, growth.LEAST_GAIN, growth.HEARD
         )
-        trunk = self._trunk(self.embedding, heads.norm.weight, (heads.lm_head, None), heads.rotary, num_positions)
+        head = self._linear((heads.lm_head, None))
+        trunk = self._trunk(self.embedding, heads.norm.weight, head, heads.rotary, num_positions)
         self._struct = cpu.DrafterStruct(
             trunk,
             self._linear((heads.input.weight, None)),

@@ -19,9 +19,10 @@ usage: medusa-serve COMMAND ...
   distill [MODEL] --output FILE --tokens N ...     let a model write the text that its heads learn from
   train heads ...                                  train Medusa heads for a model
   train pretrain --data FILES --output DIR ...     train a multi-token model on text, from scratch
+  train experiment NAME --output DIR ...           rerun a claim of multi-token prediction on small models
   export heads HEADS --format FORMAT ...           write heads for FasterDecoding's Medusa, TGI or vLLM
   evaluate heads ...                               tokens per step on held-out prompts, by number of nodes
-  evaluate perplexity ...                          int8 weights against float32 on a text
+  evaluate perplexity ...                          int8 or int4 weights against float32 on a text
   version                                          print the version
 
 Each command explains itself with --help.
@@ -45,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from models.train import pretrain
 
             return pretrain.main(flags)
+        case ["train", "experiment", *flags]:
+            from models.train.experiments import command
+
+            return command.main(flags)
         case ["export", "heads", *flags]:
             from models import export
 

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on with the file of an interrupted run")
     parser.add_argument("--device", default="auto", help="as for serve")
     parser.add_argument("--dtype", default="auto", help="as for serve")
-    parser.add_argument("--quantization", choices=("int8", "none"), help="as for serve")
+    parser.add_argument("--quantization", choices=("int8", "int4", "none"), help="as for serve")
     return parser
 
 

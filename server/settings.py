@@ -35,7 +35,7 @@ from server.options import DoorOptions, Limits
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantization = Literal["int8", "none"]
+Quantization = Literal["int8", "int4", "none"]
 ToolCallParser = Literal["auto", "hermes", "llama3_json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -79,7 +79,9 @@ class Settings(BaseSettings):
     device: Device = Field("auto", description="where the model runs")
     dtype: Dtype = Field("auto", description="type of the weights")
     quantization: Quantization | None = Field(
-        None, description="int8 weights, or none; by default int8 on a CPU, which needs a C compiler"
+        None,
+        description="int8 or int4 weights, or none; by default, on a CPU with a C compiler, int4 if four bits hold the "
+        "model's weights as they are, else int8",
     )
     max_model_len: int | None = Field(None, ge=1, description="tokens of prompt and completion; by default the model's")
     max_num_seqs: int = Field(64, ge=1, description="requests in one batch")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from models.kernels import reference
 from models.mtp import MTPConfig, MTPForCausalLM
 
 
@@ -42,3 +44,17 @@ def small_mtp(*, num_future_tokens: int = 4, seed: int = 0, **sizes: object) -> 
         "eos_token_id": 1,
     }
     return MTPForCausalLM(MTPConfig(**(usual | {"num_future_tokens": num_future_tokens} | sizes))).eval()
+
+
+def four_bits(weight: Tensor) -> Tensor:
+    """A weight [outputs, inputs] near this one that four bits hold."""
+    restored = reference.restored_int4(*reference.quantize_weight_int4(weight)).flatten(1)
+    return restored[:, : weight.shape[1]].contiguous()
+
+
+def four_bit_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Give every linear layer but the output embedding weights that four bits hold."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module is not model.get_output_embeddings():
+            module.weight.data = four_bits(module.weight.data)
+    return model

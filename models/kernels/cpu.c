@@ -56,10 +56,10 @@ typedef enum { SET, ADD, SWIGLU } Mode;
 INLINE floats silu(floats v) { return v / (1.0f + exponential(-v)); }
 
 INLINE void put_tile(const Linear *linear, int64_t block, const Rows *rows, int64_t row, const int count, Mode mode,
-                     float *out) {
+                     const int bits, float *out) {
     floats v[TILE][PARTS], up[TILE][PARTS];
-    block_outputs(linear, block, rows, row, count, v);
-    if (mode == SWIGLU) block_outputs(linear, block + 1, rows, row, count, up);
+    block_outputs(linear, block, rows, row, count, bits, v);
+    if (mode == SWIGLU) block_outputs(linear, block + 1, rows, row, count, bits, up);
     const int64_t width = mode == SWIGLU ? linear->outputs / 2 : linear->outputs;
     for (int r = 0; r < count; r++)
         for (int part = 0; part < PARTS; part++) {
@@ -71,17 +71,17 @@ INLINE void put_tile(const Linear *linear, int64_t block, const Rows *rows, int6
 }
 
 INLINE void put_block(const Linear *linear, int64_t block, const Rows *rows, int64_t row, int64_t end, Mode mode,
-                      float *out) {
-    for (; row + TILE <= end; row += TILE) put_tile(linear, block, rows, row, TILE, mode, out);
+                      const int bits, float *out) {
+    for (; row + TILE <= end; row += TILE) put_tile(linear, block, rows, row, TILE, mode, bits, out);
     switch (end - row) {
-        case 1: put_tile(linear, block, rows, row, 1, mode, out); break;
-        case 2: put_tile(linear, block, rows, row, 2, mode, out); break;
-        case 3: put_tile(linear, block, rows, row, 3, mode, out); break;
+        case 1: put_tile(linear, block, rows, row, 1, mode, bits, out); break;
+        case 2: put_tile(linear, block, rows, row, 2, mode, bits, out); break;
+        case 3: put_tile(linear, block, rows, row, 3, mode, bits, out); break;
 #if TILE > 4
-        case 4: put_tile(linear, block, rows, row, 4, mode, out); break;
-        case 5: put_tile(linear, block, rows, row, 5, mode, out); break;
-        case 6: put_tile(linear, block, rows, row, 6, mode, out); break;
-        case 7: put_tile(linear, block, rows, row, 7, mode, out); break;
+        case 4: put_tile(linear, block, rows, row, 4, mode, bits, out); break;
+        case 5: put_tile(linear, block, rows, row, 5, mode, bits, out); break;
+        case 6: put_tile(linear, block, rows, row, 6, mode, bits, out); break;
+        case 7: put_tile(linear, block, rows, row, 7, mode, bits, out); break;
 #endif
     }
 }
@@ -95,7 +95,8 @@ INLINE void multiply(Team *team, const Linear *linear, const Rows *rows, int64_t
         const int64_t first = i / pieces * PANEL, end = first + PANEL < count ? first + PANEL : count;
         const int64_t stop = (i % pieces + 1) * piece < blocks ? (i % pieces + 1) * piece : blocks;
         for (int64_t block = i % pieces * piece; block < stop; block += mode == SWIGLU ? 2 : 1)
-            put_block(linear, block, rows, first, end, mode, out);
+            if (linear->bits == 4) put_block(linear, block, rows, first, end, mode, 4, out);
+            else put_block(linear, block, rows, first, end, mode, 8, out);
     }
     meet(team);
 }

@@ -35,11 +35,12 @@ class LinearStruct(Structure):
         ("bias", c_void_p),
         ("outputs", c_int64),
         ("inputs", c_int64),
+        ("bits", c_int64),
     )
 
 
 class RowsStruct(Structure):
-    _fields_ = (("value", c_void_p), ("scale", c_void_p), ("offset", c_void_p), ("inputs", c_int64))
+    _fields_ = (("value", c_void_p), ("scale", c_void_p), ("offset", c_void_p), ("sum", c_void_p), ("inputs", c_int64))
 
 
 class StepStruct(Structure):
@@ -207,20 +208,31 @@ _arena = Arena()
 class PackedLinear:
     """A linear layer's weights in the kernels' order, padded to whole blocks and groups."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """weight: [outputs, inputs]; bias: [outputs]."""
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, bits: int = 8) -> None:
+        """weight: [outputs, inputs]; bias: [outputs]; bits: 8 or 4."""
         self.outputs, self.inputs = weight.shape
-        parts = [reference.quantize_weight(part) for part in torch.split(weight.detach(), PACKED_AT_A_TIME)]
-        values, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        quantize = reference.quantize_weight_int4 if bits == 4 else reference.quantize_weight
+        parts = [quantize(part) for part in torch.split(weight.detach(), PACKED_AT_A_TIME)]
+        values = torch.cat([part[0] for part in parts])  # [outputs, groups, GROUP]
+        scales = torch.cat([part[1] for part in parts], -2)  # [outputs, groups], or two of them
         missing = -self.outputs % BLOCK
         values, scales = pad(values, (0, 0, 0, 0, 0, missing)), pad(scales, (0, 0, 0, missing))
         blocks, groups = len(values) // BLOCK, values.shape[1]
-        stored = (values.view(torch.uint8) ^ 128).view(torch.int32).view(blocks, BLOCK, groups * 8)  # four at once
-        self._weight = _arena.keep(stored.transpose(1, 2))  # [blocks, groups * 8, BLOCK] of four bytes
-        self._scale = _arena.keep(scales.view(blocks, BLOCK, groups).transpose(1, 2))  # [blocks, groups, BLOCK]
+        stored = values if bits == 4 else values.view(torch.uint8) ^ 128
+        stored = stored.view(torch.int32).view(blocks, BLOCK, groups, 8)  # four at once
+        if bits == 4:
+            stored = stored[..., :4] | stored[..., 4:] << 4
+        self._weight = _arena.keep(stored.flatten(2).transpose(1, 2))  # [blocks, groups * 8 or 4, BLOCK] of four bytes
+        scales = scales.view(-1, blocks, BLOCK, groups)  # [1 or 2, ...]
+        self._scale = _arena.keep(scales.permute(1, 3, 0, 2))  # [blocks, groups, 1 or 2, BLOCK]
         self._bias = None if bias is None else pad(bias.detach().float(), (0, missing))
         self.struct = LinearStruct(
-            address(self._weight), address(self._scale), address(self._bias), blocks * BLOCK, groups * reference.GROUP
+            address(self._weight),
+            address(self._scale),
+            address(self._bias),
+            blocks * BLOCK,
+            groups * reference.GROUP,
+            bits,
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -242,6 +254,7 @@ class Rows:
             torch.empty(count, inputs, dtype=torch.int8),
             torch.empty(count, groups),
             torch.empty(count, groups, dtype=torch.int32),
+            torch.empty(count, groups),
         )
         self.struct = RowsStruct(*map(address, self._tensors), inputs)
 

@@ -1,5 +1,5 @@
-/* Linear layers of int8 weights with a scale per output and 32 inputs, on rows quantised the same way. Sums are exact
- * integers within a group of 32 inputs, and floats over the groups, in order.
+/* Linear layers of int8 weights with a scale per output and 32 inputs, or of 4-bit ones with a scale and a least value, on
+ * rows of int8 with a scale per 32 inputs. Sums are exact integers within such a group, and floats over groups, in order.
  *
  * Invariant: a row's outputs come from the same operations in the same order whatever rows are beside it. How many rows
  * share one pass over the weights depends on the others, and changes no operation.
@@ -21,17 +21,21 @@
 #endif
 
 typedef struct {
-    const uint8_t *weight;   /* [outputs / 16][inputs / 32][8][16][4]: the value + 128 */
-    const uint16_t *scale;   /* [outputs / 16][inputs / 32][16] bfloat16 */
+    const uint8_t *weight;   /* int8: [outputs / 16][inputs / 32][8][16][4], the value + 128
+                              * int4: [outputs / 16][inputs / 32][4][16][4], 16 inputs in the low halves, 16 in the high */
+    const uint16_t *scale;   /* int8: [outputs / 16][inputs / 32][16] bfloat16
+                              * int4: [outputs / 16][inputs / 32][2][16] binary16, scales and then what 0 stands for */
     const float *bias;       /* [outputs] or null */
     int64_t outputs, inputs; /* multiples of 16 and of 32 */
+    int64_t bits;            /* 8 or 4 */
 } Linear;
 
 /* Quantised rows. */
 typedef struct {
-    int8_t *value;     /* [rows][inputs] */
+    int8_t *value;   /* [rows][inputs] */
     float *scale;    /* [rows][inputs / 32] */
     int32_t *offset; /* [rows][inputs / 32]: -128 times the sum of the values, since weights are stored with + 128 */
+    float *sum;      /* [rows][inputs / 32]: the scale times the sum of the values */
     int64_t inputs;
 } Rows;
 
@@ -55,7 +59,9 @@ INLINE void quantize_row(const Rows *rows, int64_t row, const float *from) {
             sums += q;
         }
         rows->scale[row * groups + g] = largest / 127.0f;
-        rows->offset[row * groups + g] = -128 * (int32_t)sum_of(__builtin_convertvector(sums, floats)); /* exact */
+        const float sum = sum_of(__builtin_convertvector(sums, floats)); /* exact */
+        rows->offset[row * groups + g] = -128 * (int32_t)sum;
+        rows->sum[row * groups + g] = largest / 127.0f * sum;
     }
 }
 
@@ -111,29 +117,82 @@ INLINE void dot_group(const uint8_t *w, const int8_t *x, int64_t stride, const i
 #endif
 }
 
-/* out[r]: the outputs of one block for `count` rows from `row` on, bias included. `count` is constant at each call. */
+/* The same for int4 weights as they are stored, w: [4][16][4]. */
+INLINE void dot_group_int4(const uint8_t *w, const int8_t *x, int64_t stride, const int count, ints dot[][PARTS]) {
+    for (int r = 0; r < count; r++)
+        for (int part = 0; part < PARTS; part++) dot[r][part] = (ints){0};
+#if defined(__AVX512VNNI__)
+    for (int j = 0; j < 8; j++) {
+        __m512i both = _mm512_loadu_si512(w + 64 * (j % 4));
+        __m512i weights = _mm512_and_si512(j < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
+        for (int r = 0; r < count; r++) {
+            int32_t four;
+            memcpy(&four, x + r * stride + 4 * j, sizeof four);
+            dot[r][0] = (ints)_mm512_dpbusd_epi32((__m512i)dot[r][0], weights, _mm512_set1_epi32(four));
+        }
+    }
+#elif defined(__AVX2__)
+    const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
+    for (int part = 0; part < 2; part++)
+        for (int j = 0; j < 8; j++) {
+            __m256i both = _mm256_loadu_si256((const __m256i *)(w + 64 * (j % 4) + 32 * part));
+            __m256i weights = _mm256_and_si256(j < 4 ? both : _mm256_srli_epi16(both, 4), low);
+            for (int r = 0; r < count; r++) {
+                int32_t four;
+                memcpy(&four, x + r * stride + 4 * j, sizeof four);
+                __m256i pairs = _mm256_maddubs_epi16(weights, _mm256_set1_epi32(four));
+                dot[r][part] += (ints)_mm256_madd_epi16(pairs, ones);
+            }
+        }
+#elif defined(__ARM_FEATURE_DOTPROD)
+    for (int j = 0; j < 8; j++)
+        for (int part = 0; part < PARTS; part++) {
+            uint8x16_t both = vld1q_u8(w + 64 * (j % 4) + 16 * part);
+            int8x16_t weights = vreinterpretq_s8_u8(j < 4 ? vandq_u8(both, vdupq_n_u8(15)) : vshrq_n_u8(both, 4));
+            for (int r = 0; r < count; r++) {
+                int32_t four;
+                memcpy(&four, x + r * stride + 4 * j, sizeof four);
+                dot[r][part] = (ints)vdotq_s32((int32x4_t)dot[r][part], weights, vreinterpretq_s8_s32(vdupq_n_s32(four)));
+            }
+        }
+#else
+    for (int r = 0; r < count; r++)
+        for (int output = 0; output < BLOCK; output++)
+            for (int j = 0; j < 8; j++)
+                for (int i = 0; i < 4; i++)
+                    dot[r][output / LANES][output % LANES] +=
+                        (w[64 * (j % 4) + 4 * output + i] >> (j < 4 ? 0 : 4) & 15) * x[r * stride + 4 * j + i];
+#endif
+}
+
+/* out[r]: the outputs of one block for `count` rows from `row` on, bias included. `count` and
+ * `bits` are constant at each call. */
 INLINE void block_outputs(const Linear *linear, int64_t block, const Rows *rows, int64_t row, const int count,
-                          floats out[][PARTS]) {
-    const int64_t groups = linear->inputs / GROUP;
-    const uint8_t *weight = linear->weight + block * groups * GROUP * BLOCK;
-    const uint16_t *scale = linear->scale + block * groups * BLOCK;
+                          const int bits, floats out[][PARTS]) {
+    const int64_t groups = linear->inputs / GROUP, size = GROUP * BLOCK * bits / 8;
+    const uint8_t *weight = linear->weight + block * groups * size;
+    const int64_t scales = bits == 4 ? 2 * BLOCK : BLOCK;
+    const uint16_t *scale = linear->scale + block * groups * scales;
     const int8_t *x = rows->value + row * rows->inputs;
-    const float *row_scale = rows->scale + row * groups;
+    const float *row_scale = rows->scale + row * groups, *row_sum = rows->sum + row * groups;
     const int32_t *offset = rows->offset + row * groups;
     for (int r = 0; r < count; r++)
         for (int part = 0; part < PARTS; part++)
             out[r][part] = linear->bias ? load(linear->bias + block * BLOCK + part * LANES) : splat(0.0f);
-    for (int64_t g = 0; g < groups; g++) {
+    for (int64_t g = 0; g < groups; g++, weight += size, scale += scales) {
         ints dot[TILE][PARTS];
-        for (int i = 0; i < 8; i++) __builtin_prefetch(weight + PREFETCH + 64 * i, 0, 1);
-        dot_group(weight, x + g * GROUP, rows->inputs, offset + g, groups, count, dot);
+        for (int i = 0; i < size / 64; i++) __builtin_prefetch(weight + PREFETCH + 64 * i, 0, 1);
+        if (bits == 4) dot_group_int4(weight, x + g * GROUP, rows->inputs, count, dot);
+        else dot_group(weight, x + g * GROUP, rows->inputs, offset + g, groups, count, dot);
         for (int part = 0; part < PARTS; part++) {
-            floats scales = from_bf16(scale + part * LANES);
+            const floats each = bits == 4 ? from_half(scale + part * LANES) : from_bf16(scale + part * LANES);
             for (int r = 0; r < count; r++)
-                out[r][part] += __builtin_convertvector(dot[r][part], floats) * (scales * row_scale[r * groups + g]);
+                out[r][part] += __builtin_convertvector(dot[r][part], floats) * (each * row_scale[r * groups + g]);
+            if (bits == 4) {
+                const floats least = from_half(scale + BLOCK + part * LANES);
+                for (int r = 0; r < count; r++) out[r][part] += least * row_sum[r * groups + g];
+            }
         }
-        weight += GROUP * BLOCK;
-        scale += BLOCK;
     }
 }
 

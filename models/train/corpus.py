@@ -84,14 +84,15 @@ def encode_corpus(documents: Iterable[bytes], tokenizer: Any, *, validation_frac
     sides: dict[bool, list[NDArray[np.int32]]] = {False: [], True: []}
     for document in documents:
         digest = hashlib.blake2b(document, digest_size=8).digest()
-        sides[int.from_bytes(digest) < validation_fraction * 2**64].append(_encode(document, tokenizer))
+        sides[int.from_bytes(digest) < validation_fraction * 2**64].append(encode_document(document, tokenizer))
     if not sides[False] or not sides[True]:
         missing = "held out for validation" if sides[False] else "left to learn from"
         raise DataError(f"No document is {missing}; give more text or another --validation-fraction.")
     return Corpus(np.concatenate(sides[False]), np.concatenate(sides[True]), len(sides[False]) + len(sides[True]))
 
 
-def _encode(document: bytes, tokenizer: Any) -> NDArray[np.int32]:
+def encode_document(document: bytes, tokenizer: Any) -> NDArray[np.int32]:
+    """Its tokens, the end token included; `tokenizer` as for `encode_corpus`."""
     if tokenizer is None:
         return np.append(np.frombuffer(document, dtype=np.uint8).astype(np.int32), np.int32(END))
     ids = tokenizer(document.decode(), add_special_tokens=False)["input_ids"]

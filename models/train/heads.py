@@ -78,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--all-positions", action="store_true", help="learn from what users and system wrote, too")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of trunk and LM head")
     parser.add_argument(
-        "--quantization", choices=("int8", "none"), default="none", help="int8: learn from the model as a CPU serves it"
+        "--quantization",
+        choices=("int8", "int4", "none"),
+        default="none",
+        help="learn from the model as served on a CPU",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--joint", action="store_true", help="then trunk and heads together (Medusa-2): a new model")
@@ -131,18 +134,19 @@ def _check(options: argparse.Namespace) -> None:
     """Raise DataError or TrunkError for options that make no sense together or here."""
     if options.design == "sequential" and options.num_layers != 1:
         raise DataError("--num-layers is for --design resblock: a sequential drafter has one layer.")
-    if options.joint and (options.design != "resblock" or options.quantization == "int8"):
+    if options.joint and (options.design != "resblock" or options.quantization != "none"):
         raise DataError("--joint is for --design resblock and --quantization none: Medusa-2 is made of these.")
     if not options.joint and any(getattr(options, key) is not None for key in _JOINT_SETTINGS):
         raise DataError("--joint-epochs, --joint-lr and --joint-rows are for --joint: add it, or leave them out.")
-    if options.quantization == "int8" and options.device != "cpu":
-        raise DataError("--quantization int8 is for --device cpu: leave one of them out.")
+    if options.quantization != "none" and options.device != "cpu":
+        raise DataError(f"--quantization {options.quantization} is for --device cpu: leave one of them out.")
     check_device(options.device)
 
 
 def _load(options: argparse.Namespace) -> Frozen:
-    path, dtype, is_int8 = resolve(options.model), getattr(torch, options.dtype), options.quantization == "int8"
-    return load_frozen(path, dtype, options.device, is_int8=is_int8, max_length=MAX_LENGTH)
+    path, dtype = resolve(options.model), getattr(torch, options.dtype)
+    quantization = None if options.quantization == "none" else options.quantization
+    return load_frozen(path, dtype, options.device, quantization=quantization, max_length=MAX_LENGTH)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -233,7 +237,7 @@ def _write(
         **asdict(distiller.recipe),
         "positions": distiller.num_positions,
         "all_positions": options.all_positions,
-        "trunk_dtype": "int8" if options.quantization == "int8" else options.dtype,
+        "trunk_dtype": options.dtype if options.quantization == "none" else options.quantization,
         "validation_fraction": options.validation_fraction,
         "best_epoch": 1 + int(np.argmax(distiller.history.scores)),
         "held_out_own_share": round(own, 4),

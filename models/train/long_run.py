@@ -44,10 +44,9 @@ def finish(
     every: int,
     title: str,
     console: Console,
-    *,
-    losses_are: str = "nats per token by head",
+    judged: str = "held-out nats per token by head",
 ) -> None:
-    """Train to the last step. `judge` gives the held-out losses, asked for every `every` steps and at the end.
+    """Train to the last step. `judge` gives what `judged` says, asked for every `every` steps and at the end.
 
     Raises KeyboardInterrupt once the state is saved.
     """
@@ -63,7 +62,7 @@ def finish(
             if trainer.step % every == 0 or trainer.is_done:
                 trainer.losses.append((trainer.step, judge()))
                 told = " ".join(f"{loss:.4f}" for loss in trainer.losses[-1][1])
-                console.print(f"{title}, step {trainer.step}: held-out {losses_are}: {told}")
+                console.print(f"{title}, step {trainer.step}: {judged}: {told}")
             if stopping or trainer.is_done or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
                 trainer.save(state)
                 saved = time.monotonic()

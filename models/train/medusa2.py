@@ -72,7 +72,7 @@ def train_jointly(
         max(1, trainer.num_steps // _MEASUREMENTS),
         "Training together",
         console,
-        losses_are="nats between the trunks, and losses by head",
+        judged="held-out nats between the trunks, and losses by head",
     )
     trainer.finish()
     facts = {**asdict(trainer.recipe), "steps": trainer.num_steps, "held_out_losses": trainer.losses}

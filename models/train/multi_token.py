@@ -25,7 +25,9 @@ from torch.nn.functional import cross_entropy
 from models.mtp import MTPForCausalLM
 from models.train.distill import ResumeError
 
-Batches = Callable[[int], Tensor]  # step -> [batch, context + heads] tokens
+Batches = Callable[[int], Tensor]  # step -> [batch, context + heads] tokens; ~token where it is not to be learnt
+
+_NOT_LEARNT = -100
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,13 @@ class Recipe:
 def backward_by_head(model: MTPForCausalLM, tokens: Tensor) -> Tensor:
     """Add the gradients of the sum of all heads' losses; returns the losses [heads].
 
-    tokens: [batch, context + heads]; every head is trained at every one of the `context` positions.
+    tokens: [batch, context + heads]; every head is trained at every one of the `context` positions, but for tokens
+    that are given as their complement.
     """
     heads = model.config.num_future_tokens
     context = tokens.shape[1] - heads
     with _precision(tokens):
-        state, told = model.model.trunk(tokens[:, :context])
+        state, told = model.model.trunk(plain_tokens(tokens[:, :context]))
         seen = state.detach().requires_grad_()
         losses = [_head_backward(model, index, seen, told, tokens) for index in range(heads)]
     if state.requires_grad:
@@ -71,10 +74,16 @@ def _head_backward(model: MTPForCausalLM, index: int, seen: Tensor, told: dict[s
     return loss.detach()
 
 
+def plain_tokens(tokens: Tensor) -> Tensor:
+    """Those that are not to be learnt too."""
+    return torch.where(tokens < 0, ~tokens, tokens)
+
+
 def _head_loss(model: MTPForCausalLM, index: int, state: Tensor, told: dict[str, Any], tokens: Tensor) -> Tensor:
     logits = model.lm_head(model.model.head(index, state, told))
     wanted = tokens[:, index + 1 : index + 1 + state.shape[1]]
-    return cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())
+    wanted = wanted.masked_fill(wanted < 0, _NOT_LEARNT)
+    return cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=_NOT_LEARNT)
 
 
 @torch.no_grad()
@@ -86,7 +95,7 @@ def held_out_losses(model: MTPForCausalLM, windows: Tensor, batch_size: int) -> 
     for part in torch.split(windows, batch_size):
         tokens = part.to(device)
         with _precision(tokens):
-            state, told = model.model.trunk(tokens[:, : tokens.shape[1] - heads])
+            state, told = model.model.trunk(plain_tokens(tokens[:, : tokens.shape[1] - heads]))
             losses = [_head_loss(model, index, state, told, tokens) for index in range(heads)]
         sums += len(part) * torch.stack(losses).double().cpu()
     return [float(total) for total in sums / len(windows)]

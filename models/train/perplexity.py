@@ -1,4 +1,4 @@
-"""`medusa-serve evaluate perplexity`: what int8 weights cost a model, against float32 on the same text.
+"""`medusa-serve evaluate perplexity`: what int8 or int4 weights cost a model, against float32 on one text.
 
 Invariants:
 - both read the same windows, each from an empty context, through the pool and the kernels that serve;
@@ -44,20 +44,21 @@ class Score(NamedTuple):
 
     tokens: int
     float32: float  # negative log-likelihood
-    int8: float  # negative log-likelihood
-    divergence: float  # KL(float32 || int8)
+    quantized: float  # negative log-likelihood
+    divergence: float  # KL(float32 || quantized)
     agreed: int  # tokens where both have the same favourite
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
+    quantization: str
     windows: int
     tokens: int
     float32: float  # perplexity
-    int8: float  # perplexity
-    difference: float  # of int8 from float32, in percent
+    quantized: float  # perplexity
+    difference: float  # of the quantized from float32, in percent
     error: float  # its standard error, paired by window, in percent
-    divergence: float  # KL(float32 || int8) per token, in nats
+    divergence: float  # KL(float32 || quantized) per token, in nats
     agreement: float  # share of tokens where both have the same favourite
 
 
@@ -68,10 +69,12 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="medusa-serve evaluate perplexity", description="Perplexity with int8 weights against float32, on a CPU."
+        prog="medusa-serve evaluate perplexity",
+        description="Perplexity with int8 or int4 weights against float32, on a CPU.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder, hub id or GGUF file")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSONL (chats or text) or plain text files")
+    parser.add_argument("--quantization", choices=("int8", "int4"), help="by default, the one that serve would choose")
     parser.add_argument("--max-tokens", type=positive, default=20_000, help="tokens to score, from the start (20000)")
     parser.add_argument(
         "--validation-fraction", type=float, default=1.0, help="read only what training with this fraction keeps aside"
@@ -84,7 +87,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     rows = read_rows(options.data)
     folder = resolve(options.model)
     quantized = _load(folder)
-    quantized.quantize()
+    quantized.quantize(options.quantization or quantized.default_quantization())
     exact = _load(folder)
     width = min(WINDOW, exact.max_position_embeddings or WINDOW)
     examples = encode_rows(rows, _tokenizer(folder), validation_fraction=options.validation_fraction, max_length=width)
@@ -125,7 +128,8 @@ def cut_windows(examples: Sequence[Example], max_tokens: int) -> list[Window]:
 def compare(exact: Backbone, quantized: Backbone, windows: Iterable[Window]) -> Comparison:
     """Read every window with both; `exact` in float32, `quantized` after `Backbone.quantize`."""
     pools = [KVPool(side.kv_shapes, WINDOW, dtype=side.kv_dtype, device="cpu") for side in (exact, quantized)]
-    return summarize([_score(window, (exact, pools[0]), (quantized, pools[1])) for window in windows])
+    scores = [_score(window, (exact, pools[0]), (quantized, pools[1])) for window in windows]
+    return summarize(scores, quantized.quantization)
 
 
 def _score(window: Window, exact: tuple[Backbone, KVPool], quantized: tuple[Backbone, KVPool]) -> Score:
@@ -134,7 +138,7 @@ def _score(window: Window, exact: tuple[Backbone, KVPool], quantized: tuple[Back
     return Score(
         tokens=len(following),
         float32=-float(p.gather(1, following).double().sum()),
-        int8=-float(q.gather(1, following).double().sum()),
+        quantized=-float(q.gather(1, following).double().sum()),
         divergence=float((p.exp() * (p - q)).sum(-1).double().sum()),
         agreed=int((p.argmax(-1) == q.argmax(-1)).sum()),
     )
@@ -149,18 +153,19 @@ def _log_probs(window: Window, backbone: Backbone, pool: KVPool) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def summarize(scores: Sequence[Score]) -> Comparison:
+def summarize(scores: Sequence[Score], quantization: str) -> Comparison:
     """The error is a ratio estimator's over windows, of the difference of the mean log-likelihoods."""
     sums: NDArray[np.float64] = np.array(scores, dtype=np.float64)  # [windows, fields of Score]
-    tokens, float32, int8, divergence, agreed = sums.sum(0)
-    gap = (int8 - float32) / tokens
+    tokens, float32, quantized, divergence, agreed = sums.sum(0)
+    gap = (quantized - float32) / tokens
     residuals = sums[:, 2] - sums[:, 1] - gap * sums[:, 0]
     spread = math.sqrt(len(sums) / (len(sums) - 1) * float((residuals**2).sum()))
     return Comparison(
+        quantization=quantization,
         windows=len(sums),
         tokens=int(tokens),
         float32=math.exp(float32 / tokens),
-        int8=math.exp(int8 / tokens),
+        quantized=math.exp(quantized / tokens),
         difference=100 * math.expm1(gap),
         error=100 * math.exp(gap) * spread / float(tokens),
         divergence=float(divergence / tokens),
@@ -169,10 +174,10 @@ def summarize(scores: Sequence[Score]) -> Comparison:
 
 
 def _table(found: Comparison) -> Table:
-    table = Table("", "", title="int8 against float32", show_header=False)
+    table = Table("", "", title=f"{found.quantization} against float32", show_header=False)
     table.add_row("tokens", f"{found.tokens} in {found.windows} windows")
     table.add_row("perplexity, float32", f"{found.float32:.4f}")
-    table.add_row("perplexity, int8", f"{found.int8:.4f}")
+    table.add_row(f"perplexity, {found.quantization}", f"{found.quantized:.4f}")
     table.add_row("difference", f"{found.difference:+.3f} % ± {found.error:.3f} (standard error)")
     table.add_row("KL divergence", f"{found.divergence:.6f} nats per token")
     table.add_row("same favourite", f"{found.agreement:.2%}")

@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 900, 520
 LEFT, RIGHT, TOP, BOTTOM = 60, 150, 40, 50
 COLOURS = ("#888", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b", "#d62728", "#2ca02c")
 FONT = 'font-family="sans-serif" font-size="13"'
+NAME_WIDTH = 36  # of a number below the axis
 LABEL_GAP = 15  # between names at the ends of lines
 
 Line = Sequence[tuple[int, float]]  # (x, y), x rising
@@ -51,13 +52,21 @@ class _Axes:
 
     def grid(self, x_name: str) -> list[str]:
         parts = [_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, x_name)]
-        parts += [_text(self.x(value), HEIGHT - BOTTOM + 18, str(value)) for value in self._xs]
+        parts += [_text(self.x(value), HEIGHT - BOTTOM + 18, str(value)) for value in self._told()]
         for half in range(round(2 * self._highest) + 1):
             height = self.y(half / 2)
             ends = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"'
             parts.append(f'<line {ends} stroke="#ddd"/>')
             parts.append(_text(LEFT - 8, height + 4, f"{half / 2:.1f}", "end"))
         return parts
+
+    def _told(self) -> list[int]:
+        """The values that are written below the axis: from the last one on, those with room for their name."""
+        told: list[int] = []
+        for value in reversed(self._xs):
+            if not told or self.x(told[-1]) - self.x(value) >= NAME_WIDTH:
+                told.append(value)
+        return told
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", colour: str = "#333") -> str:

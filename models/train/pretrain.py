@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from models.drafters.resblock import Accuracies
 from models.mtp import MTPConfig, MTPForCausalLM
 from models.train.byte_tokenizer import byte_tokenizer
 from models.train.command import positive, run
@@ -158,9 +159,7 @@ def _in_words(model: MTPForCausalLM, corpus: Corpus, trainer: Pretrainer) -> str
 def _write(options: argparse.Namespace, trainer: Pretrainer, corpus: Corpus, tokenizer: Any) -> None:
     model = trainer.model
     drafting = measure_drafting(model, corpus)
-    model.config.head_accuracies = [_without_zeros(row) for row in drafting.accuracies] or None
-    model.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
+    save_model(model, tokenizer, drafting.accuracies, options.output)
     facts = {
         "command": _command(options),
         "recipe": asdict(trainer.recipe),
@@ -170,6 +169,13 @@ def _write(options: argparse.Namespace, trainer: Pretrainer, corpus: Corpus, tok
     }
     (options.output / "pretraining.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (options.output / "README.md").write_text(pretrain_card(model, facts, drafting), encoding="utf-8")
+
+
+def save_model(model: MTPForCausalLM, tokenizer: Any, accuracies: Accuracies, folder: Path) -> None:
+    """As the server loads it; `accuracies` of the extra heads shape its trees."""
+    model.config.head_accuracies = [_without_zeros(row) for row in accuracies] or None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def measure_drafting(model: MTPForCausalLM, corpus: Corpus) -> Drafting:

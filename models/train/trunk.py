@@ -29,6 +29,7 @@ from models.backbone import Backbone
 from models.batch import Segment, build_batch
 from models.errors import UsageError
 from models.kv_pool import KVPool
+from models.quantize import Quantization
 from models.train.data import Example
 
 TEACHER_RANKS = 64
@@ -61,12 +62,12 @@ class TrunkCache:
 
 
 class ServedTrunk:
-    """A model as a CPU serves it: int8 weights, whose states differ a little from those in float32."""
+    """A model as a CPU serves it: narrow weights, and states that differ a little from those in float32."""
 
-    def __init__(self, path: Path, max_length: int) -> None:
+    def __init__(self, path: Path, quantization: Quantization, max_length: int) -> None:
         """Raises BackboneError and KernelError. No sequence may be longer than `max_length`."""
         self.backbone = Backbone.load(path, dtype=torch.float32, device=torch.device("cpu"))
-        self.backbone.quantize()
+        self.backbone.quantize(quantization)
         shapes, dtype = self.backbone.kv_shapes, self.backbone.kv_dtype
         self._pool = KVPool(shapes, max_length, dtype=dtype, device="cpu")
 
@@ -91,11 +92,13 @@ class Frozen:
     ends: list[int]  # token ids that end a text
 
 
-def load_frozen(path: Path, dtype: torch.dtype, device: str, *, is_int8: bool, max_length: int) -> Frozen:
-    """Load the model; with `is_int8` as a CPU serves it. Raises TrunkError, BackboneError and KernelError."""
+def load_frozen(
+    path: Path, dtype: torch.dtype, device: str, *, quantization: Quantization | None, max_length: int
+) -> Frozen:
+    """Load the model; with a `quantization` as a CPU serves it. Raises TrunkError, BackboneError and KernelError."""
     model, tokenizer = load_trunk(path, dtype, device)
     return Frozen(
-        ServedTrunk(path, max_length) if is_int8 else model,
+        ServedTrunk(path, quantization, max_length) if quantization else model,
         tokenizer,
         model.config.get_text_config(decoder=True),
         model.get_input_embeddings().weight.detach(),
@@ -216,7 +219,8 @@ def _lm_head(model: Any) -> Tensor:
 
 def _digest(model: Any, examples: Sequence[Example]) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    kind, config = ("int8", model.backbone.config) if isinstance(model, ServedTrunk) else (model.dtype, model.config)
+    served = model.backbone if isinstance(model, ServedTrunk) else None
+    kind, config = (served.quantization, served.config) if served else (model.dtype, model.config)
     digest.update(repr((sorted(config.to_dict().items(), key=str), str(kind))).encode())
     digest.update(_lm_head(model)[:64].float().cpu().numpy().tobytes())
     for example in examples:

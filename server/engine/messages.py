@@ -262,7 +262,7 @@ class ModelInfo:
     kv_cache_tokens: int
     device: str
     dtype: str
-    quantization: str  # int8 or none
+    quantization: str  # int8, int4 or none
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +287,7 @@ class EngineConfig:
     heads: str | None = None  # file or folder
     device: str = "auto"
     dtype: str = "auto"
-    quantization: str | None = None  # int8 or none
+    quantization: str | None = None  # int8, int4 or none
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_rows: int = 512

@@ -8,7 +8,6 @@ Invariants:
 
 from __future__ import annotations
 
-import logging
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
@@ -35,8 +34,7 @@ from models.drafters.sequential import SequentialHeads
 from models.drafters.sequential_drafter import SequentialDrafter, TorchGuesser, scratch_slots
 from models.fused import FusedSequential, can_fuse_drafter
 from models.grammar import GrammarError, Grammars, GrammarState
-from models.kernels.build import KernelError
-from models.kernels.cpu import kernels, take_seconds
+from models.kernels.cpu import take_seconds
 from models.kv_pool import KVPool
 from models.kv_pool import Shape as KVShape
 from models.masks import Mask
@@ -48,9 +46,8 @@ from server.engine.controller import Bound
 from server.engine.messages import CalibrationCell, EngineConfig, ModelInfo, Submit, TokenLogprobs
 from server.engine.request import Draft, Outcome, Request, Work
 from server.engine.scores import score
+from server.engine.weights import quantize
 from server.errors import StartupError
-
-logger = logging.getLogger(__name__)
 
 
 class Runner:
@@ -98,11 +95,9 @@ class Runner:
             build = None if config.heads is None else _read_heads(Path(config.heads), config.model)
             extra_heads = build is None and config.own_heads
             backbone = Backbone.load(config.model, dtype=dtype, device=device, extra_heads=extra_heads)
-            if _wants_int8(config, backbone):
-                backbone.quantize()
+            quantize(backbone, config.quantization)
             built = None if build is None else build(backbone)
-            is_int8 = backbone.quantization == "int8"
-            heads = PackedHeads(built) if is_int8 and isinstance(built, ResBlockHeads) else built
+            heads = PackedHeads(built) if backbone.is_packed and isinstance(built, ResBlockHeads) else built
         except (BackboneError, CheckpointError) as error:
             raise StartupError(str(error)) from error
         runner = cls(backbone, heads or own_heads(backbone), config)
@@ -397,26 +392,6 @@ def _is_constrained(request: Request) -> bool:
     return decodes and request.submit.sampling.grammar is not None
 
 
-def _wants_int8(config: EngineConfig, backbone: Backbone) -> bool:
-    """Whether to quantise. Raises `StartupError` if it was asked for and cannot be done."""
-    weight = backbone.lm_head_weight
-    if config.quantization == "none":
-        return False
-    fits = weight.device.type == "cpu" and weight.dtype == torch.float32
-    if config.quantization is None and not fits:
-        return False
-    if not fits:
-        raise StartupError("--quantization int8 is for --device cpu and --dtype float32; leave it out.")
-    try:
-        kernels()
-    except KernelError as error:
-        if config.quantization is not None:
-            raise StartupError(f"--quantization int8 is not possible: {error}") from error
-        logger.warning("%s Until then decoding runs on torch in float32, several times slower.", error)
-        return False
-    return True
-
-
 def _read_heads(path: Path, model: str) -> Callable[[Backbone], ResBlockHeads | SequentialHeads]:
     """Read heads and check them against the model's sizes; what is returned puts them on the loaded model."""
     hidden_size, vocab_size = read_sizes(model)
@@ -435,8 +410,8 @@ def _sequential(
     """The drafter with memory of its own, in C if the model is."""
     total = num_slots + scratch_slots(max_num_seqs, heads.num_heads)
     pool = KVPool([heads.shape.kv], total, dtype=backbone.kv_dtype, device=heads.device)
-    is_packed = backbone.quantization == "int8" and can_fuse_drafter(heads)
-    guesser = FusedSequential(heads, num_positions) if is_packed else TorchGuesser(heads)
+    is_fused = backbone.is_packed and can_fuse_drafter(heads)
+    guesser = FusedSequential(heads, num_positions) if is_fused else TorchGuesser(heads)
     return SequentialDrafter(heads, guesser, pool, num_slots)
 
 

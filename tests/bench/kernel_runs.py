@@ -43,6 +43,7 @@ class Sizes:
     kv_heads: int = 3
     dim: int = 64
     vocab: int = 49152
+    bits: int = 8  # of the weights; the LM head's have 8
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -58,8 +59,9 @@ class Sizes:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the int8 weights and their scales."""
-        return sum(outputs * (inputs + inputs // reference.GROUP * SCALE_BYTES) for outputs, inputs in self.shapes)
+        """Of the weights and their scales, and least values if they have some."""
+        *layers, head = self.shapes
+        return sum(packed_bytes(*shape, self.bits) for shape in layers) + packed_bytes(*head, 8)
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(
@@ -72,6 +74,11 @@ class Sizes:
             head_dim=self.dim,
             tie_word_embeddings=True,
         )
+
+
+def packed_bytes(outputs: int, inputs: int, bits: int) -> int:
+    """Of a linear layer's weights: a scale for each group, or with four bits two numbers."""
+    return outputs * (inputs * bits // 8 + inputs // reference.GROUP * SCALE_BYTES * (2 if bits == 4 else 1))
 
 
 def memory_reads(size: int) -> dict[str, Run]:
@@ -96,16 +103,16 @@ def memory_reads(size: int) -> dict[str, Run]:
 
 
 def linear_runs(sizes: Sizes, rows: Sequence[int]) -> dict[str, Run]:
-    """For each number of rows: the int8 layers, the whole model, and torch's layers in float32."""
+    """For each number of rows: our layers, the whole model, and torch's layers in float32."""
     weights = [torch.randn(shape) / shape[1] ** 0.5 for shape in sizes.shapes]
-    layers = [cpu.PackedLinear(weight) for weight in weights]
+    layers = [cpu.PackedLinear(weight, bits=sizes.bits) for weight in weights[:-1]] + [cpu.PackedLinear(weights[-1])]
     model = Backbone(LlamaForCausalLM(sizes.config()))
-    model.quantize()
+    model.quantize("int4" if sizes.bits == 4 else "int8")
     pool = KVPool(model.kv_shapes, max(rows), dtype=model.kv_dtype, device="cpu")
     runs: dict[str, Run] = {}
     for count in rows:
         inputs = {width: torch.randn(count, width) for _, width in sizes.shapes}
-        runs[f"int8: {count}"] = Calls([linear_call(layer, inputs[layer.inputs]) for layer in layers])
+        runs[f"ours: {count}"] = Calls([linear_call(layer, inputs[layer.inputs]) for layer in layers])
         runs[f"model: {count}"] = model_call(model, pool, count)
         runs[f"torch: {count}"] = functools.partial(torch_layers, weights, inputs)
     return runs

@@ -1,8 +1,9 @@
 """`python -m tests.bench.kernel_speed`: the CPU kernels alone, at the sizes of the default model.
 
-Side by side in every round, each round in the reverse order of the one before: plain reads of the memory; all int8
-linear layers and the LM head, a call each; the whole model in its one call, on an empty context; torch's float32 layers
-of the same shapes; the attention of all layers, a call each, and torch's. Medians over rounds, ratios taken within one.
+Side by side in every round, each round in the reverse order of the one before: plain reads of the memory; all linear
+layers (--bits 8 or 4) and the LM head, a call each; the whole model in its one call, on an empty context; torch's
+float32 layers of the same shapes; the attention of all layers, a call each, and torch's. Medians over rounds, ratios
+taken within one.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exits with 1 and a sentence if there are no kernels."""
     options = parse(arguments)
     try:
-        found = measure(Sizes(), options.rows, options.contexts, Effort(options.rounds))
+        found = measure(Sizes(bits=options.bits), options.rows, options.contexts, Effort(options.rounds))
     except KernelError as error:
         sys.exit(f"bench: {error}")
     publish(found, options.json)
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.kernel_speed", description=__doc__)
     parser.add_argument("--rows", type=integers, default=ROWS, help="rows of a step, such as 1,4,8")
+    parser.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of the weights (8)")
     parser.add_argument("--contexts", type=integers, default=CONTEXTS, help="tokens that attention looks back on")
     parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median of (7)")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
@@ -153,12 +155,12 @@ def ratio(seconds: Seconds, name: str, other: str) -> float:
 
 
 def linear_speed(seconds: Seconds, sizes: Sizes, rows: int, read_bytes: int, read: str) -> LinearSpeed:
-    ours, model, torchs = f"int8: {rows}", f"model: {rows}", f"torch: {rows}"
+    ours, model, torchs = f"ours: {rows}", f"model: {rows}", f"torch: {rows}"
     spent = median(seconds[ours])
     return LinearSpeed(
         rows=rows,
         seconds=spent,
-        to_one_row=ratio(seconds, ours, "int8: 1"),
+        to_one_row=ratio(seconds, ours, "ours: 1"),
         tokens_per_second=rows / spent,
         weight_bytes_per_second=sizes.weight_bytes / spent,
         share_of_memory=ratio(seconds, read, ours) * sizes.weight_bytes / read_bytes,
@@ -192,7 +194,7 @@ def publish(found: Report, path: Path | None) -> None:
 
 
 def linear_table(rows: Sequence[LinearSpeed]) -> Table:
-    names = ("rows", "int8, ms", "/ 1 row", "tokens/s", "torch fp32, ms", "torch / int8", "whole model, ms", "/ 1 row")
+    names = ("rows", "ours, ms", "/ 1 row", "tokens/s", "torch fp32, ms", "torch / ours", "whole model, ms", "/ 1 row")
     table = Table(*names, box=MARKDOWN)
     for row in rows:
         cells = (f"{1000 * row.seconds:.2f}", f"{row.to_one_row:.2f}", f"{row.tokens_per_second:.0f}")

@@ -29,7 +29,7 @@ from tests.bench.workload import FreshPlan, Plan, PrefillPlan, read_prompts
 
 TRANSFORMERS = "transformers serve"
 TRANSFORMERS_BLOCK = 256  # tokens, its default
-PLAIN, MEDUSA = "ours, plain", "ours, Medusa"
+PLAIN, MEDUSA, INT8 = "ours, plain", "ours, Medusa", "ours, int8, plain"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -109,11 +109,12 @@ def transformers_programs(options: argparse.Namespace) -> list[Program]:
 
 
 def our_programs(options: argparse.Namespace) -> list[Program]:
-    """Without trees; then with the server's own tree size, or with each of --nodes."""
+    """Without trees, also with int8 weights; then with the server's own tree size, or with each of --nodes."""
     model = [str(options.gguf)] if options.gguf else []
     heads = ["--heads", options.heads] if options.heads else []
     trees = {f"{MEDUSA}, {n} nodes": ["--num-nodes", str(n)] for n in options.nodes} or {MEDUSA: []}
-    settings = {PLAIN: ["--num-nodes", "0"], **trees}
+    none = ["--num-nodes", "0"]
+    settings = {INT8: [*none, "--quantization", "int8"], PLAIN: none, **trees}
     return [
         ours(name, [*model, *heads, *flags, *options.rest])
         for name, flags in settings.items()

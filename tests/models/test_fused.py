@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from models.backbone import Backbone
 from models.batch import Segment, build_batch
 from models.kv_pool import KVPool
+from models.quantize import Quantization
+from tests.small_models import four_bit_weights
 
 COMMON = BASE | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_hidden_layers": 3}
 WIDE = COMMON | {"hidden_size": 288, "num_hidden_layers": 2, "initializer_range": 0.03}
@@ -37,6 +39,9 @@ FUSED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+BOTH: tuple[Quantization, ...] = ("int8", "int4")
+
+
 def common(name: str) -> PreTrainedModel:
     """With norms and biases that matter, too."""
     model_type, options = FUSED[name]
@@ -48,9 +53,9 @@ def common(name: str) -> PreTrainedModel:
     return model
 
 
-def quantized(model: PreTrainedModel) -> Backbone:
+def quantized(model: PreTrainedModel, quantization: Quantization = "int8") -> Backbone:
     backbone = Backbone(copy.deepcopy(model))
-    backbone.quantize()
+    backbone.quantize(quantization)
     return backbone
 
 
@@ -80,11 +85,24 @@ def test_it_is_near_the_model_in_float32(name: str) -> None:
     assert errors.max() < 0.2
 
 
+@pytest.mark.parametrize("name", ["qwen2", "9 heads"])
+def test_four_bits_lose_less_than_eight_where_they_hold_the_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = four_bit_weights(common(name))
+    expected = plain(model)
+    found = {bits: list(run(quantized(model, bits))) for bits in BOTH}
+    errors = {bits: relative_errors(expected, rows).median() for bits, rows in found.items()}
+    assert errors["int4"] < 0.9 * errors["int8"]
+    monkeypatch.setattr("models.backbone.can_fuse", lambda *_: False)
+    layers = dict(run(quantized(model, "int4")))
+    assert relative_errors(layers.__getitem__, found["int4"]).median() < 1e-3  # a value between two rounds either way
+
+
+@pytest.mark.parametrize("quantization", BOTH)
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("name", FUSED)
-def test_a_row_is_bitwise_what_it_is_alone(name: str) -> None:
+def test_a_row_is_bitwise_what_it_is_alone(name: str, quantization: Quantization) -> None:
     """Chunks of prompts, trees and other requests beside it change no bit of its logits or its hidden state."""
-    backbone = quantized(common(name))
+    backbone = quantized(common(name), quantization)
     alone = OneByOne(backbone)
     for seed in range(2):
         for path, logits in run(backbone, seed):

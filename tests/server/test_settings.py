@@ -65,7 +65,7 @@ def test_a_multi_token_model_drafts_with_its_own_heads_unless_told_otherwise() -
         (["--port"], "--port: expected one argument"),
         (["--port", "x"], "port cannot be 'x'"),
         (["--device", "tpu"], "device cannot be 'tpu'"),
-        (["--quantization", "int4"], "quantization cannot be 'int4'"),
+        (["--quantization", "int3"], "quantization cannot be 'int3'"),
         (["--num-nodes", "64"], "num_nodes cannot be '64'"),
         (["--config", "/nowhere.yaml"], "Cannot read the configuration /nowhere.yaml"),
     ],

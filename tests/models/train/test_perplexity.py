@@ -56,7 +56,7 @@ def test_float32_is_the_models_own_perplexity(small_model: Path, examples: list[
     windows = cut_windows(examples, 10_000)
     exact = load(small_model)
     same = compare(exact, exact, windows)
-    assert same.float32 == same.int8 == pytest.approx(math.exp(mean_loss(small_model, examples)), rel=1e-5)
+    assert same.float32 == same.quantized == pytest.approx(math.exp(mean_loss(small_model, examples)), rel=1e-5)
     assert (same.difference, same.error, same.divergence, same.agreement) == (0, 0, 0, 1)
     assert same.windows == sum(example.held_out for example in examples)
     assert same.tokens == sum(sum(example.counts) for example in examples if example.held_out)
@@ -77,10 +77,10 @@ def test_int8_is_near_and_a_worse_model_is_told(small_model: Path, examples: lis
 
 
 def test_statistics_by_hand() -> None:
-    found = summarize([Score(10, 20.0, 20.2, 0.1, 9), Score(30, 60.0, 60.2, 0.5, 27)])
+    found = summarize([Score(10, 20.0, 20.2, 0.1, 9), Score(30, 60.0, 60.2, 0.5, 27)], "int8")
     assert (found.windows, found.tokens, found.agreement) == (2, 40, 0.9)
     assert found.float32 == pytest.approx(math.exp(2))
-    assert found.int8 == pytest.approx(math.exp(2.01))
+    assert found.quantized == pytest.approx(math.exp(2.01))
     assert found.difference == pytest.approx(100 * (math.exp(0.01) - 1))
     assert found.divergence == pytest.approx(0.015)
     assert found.error == pytest.approx(100 * math.exp(0.01) * math.sqrt(2 * (0.1**2 + 0.1**2)) / 40)
@@ -95,7 +95,7 @@ def test_the_error_says_how_far_the_difference_of_a_sample_is_off() -> None:
         losses = draw.gamma(50.0, size=40) * tokens / 25
         gaps = tokens * 0.002 + draw.normal(size=40) * 0.01 * tokens
         rows = zip(tokens, losses, losses + gaps, strict=True)
-        return summarize([Score(int(n), loss, worse, 0.0, 0) for n, loss, worse in rows])
+        return summarize([Score(int(n), loss, worse, 0.0, 0) for n, loss, worse in rows], "int8")
 
     found = [once() for _ in range(400)]
     assert np.mean([item.difference for item in found]) == pytest.approx(0.2, abs=0.02)
@@ -126,12 +126,18 @@ def test_the_command_prints_and_writes(
     numbers = json.loads(output.read_text())
     printed = capsys.readouterr().out
     assert f"{numbers['tokens']} in {numbers['windows']} windows" in printed
-    assert f"{numbers['int8']:.4f}" in printed
+    assert numbers["quantization"] == "int8"
+    assert f"{numbers['quantized']:.4f}" in printed
     assert numbers["windows"] == 80 + 3
     assert numbers["tokens"] > 1190
 
     assert perplexity.main([*arguments, "--max-tokens", "50"]) == 0
     assert json.loads(output.read_text())["tokens"] == 50
+
+    assert perplexity.main([*arguments, "--quantization", "int4"]) == 0
+    worse = json.loads(output.read_text())
+    assert worse["quantization"] == "int4"
+    assert worse["divergence"] > 5 * numbers["divergence"]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -32,3 +32,9 @@ def test_names_of_lines_that_end_together_do_not_hide_each_other() -> None:
     picture = ElementTree.fromstring(svg("", "", {name: [(1, 1.0)] for name in "xyz"}))
     heights = sorted(float(text.attrib["y"]) for text in picture.iter(f"{NAMESPACE}text") if text.text in set("xyz"))
     assert [heights[1] - heights[0], heights[2] - heights[1]] == [LABEL_GAP, LABEL_GAP]
+
+
+def test_numbers_below_the_axis_do_not_hide_each_other() -> None:
+    picture = ElementTree.fromstring(svg("", "", {"a": [(37, 1.0), (148, 1.0), (296, 1.0), (300, 1.0)]}))
+    below = {text.text for text in picture.iter(f"{NAMESPACE}text") if text.attrib["y"] == f"{HEIGHT - 32:.1f}"}
+    assert below == {"37", "148", "300"}

@@ -31,7 +31,7 @@ def test_the_served_trunk_says_nearly_the_same(tiny_model: Path, tmp_path: Path)
     tokens = tuple(range(3, 40))
     example = Example(tokens, (True,) * len(tokens), held_out=False, greedy=True)
     exact = build_cache(load_trunk(tiny_model, torch.float32, "cpu")[0], [example], tmp_path)
-    served = build_cache(ServedTrunk(tiny_model, 64), [example], tmp_path)
+    served = build_cache(ServedTrunk(tiny_model, "int8", 64), [example], tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     assert 0 < np.abs(served.hidden.astype(np.float32) - exact.hidden).mean() < 0.05  # states are of size 1
     np.testing.assert_allclose(served.teacher_probs[:, 0], exact.teacher_probs[:, 0], atol=0.05)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ from models.drafters.resblock import ResBlockHeads
 from models.kernels import cpu
 from server.engine.core import Engine
 from server.engine.messages import Delta, EngineConfig, SamplingParams, TokenLogprobs
-from server.engine.runner import Runner, _wants_int8
+from server.engine.runner import Runner
+from server.engine.weights import quantize
 from server.errors import StartupError
-from tests.small_models import small_llama
+from tests.small_models import four_bit_weights, small_llama
 
 PROMPTS = [[5, 9, 33, 7], [8] * 30, [1, 2, 3, 4, 5, 6, 7], list(range(40, 57)), [60], [11, 13, 11, 13]]
 PROMPTS += [[*PROMPTS[3], 3, 4], list(range(50, 0, -1))]
@@ -143,6 +145,20 @@ def test_int8_is_the_default_for_float32_on_a_cpu(
     assert caplog.text == ""
 
 
+def test_int4_is_the_default_where_four_bits_hold_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    four_bit_weights(tiny_llama(64)).save_pretrained(tmp_path)
+    for wanted, chosen in ((None, "int4"), ("int4", "int4"), ("int8", "int8")):
+        assert load(tmp_path, quantization=wanted).info.quantization == chosen
+    assert caplog.text == ""
+
+
+def test_int4_elsewhere_warns_of_the_loss(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load(folder, quantization="int4").info.quantization == "int4"
+    (record,) = caplog.records
+    assert "answers get worse" in record.message
+    assert "evaluate perplexity" in record.message
+
+
 @pytest.mark.parametrize(("quantization", "kind"), [("int8", PackedHeads), ("none", ResBlockHeads)])
 def test_heads_are_packed_with_the_model(folder: Path, tmp_path: Path, quantization: str, kind: type) -> None:
     heads = ResBlockHeads(tiny_llama(64).lm_head.weight, num_heads=2)
@@ -158,11 +174,11 @@ def test_int8_in_another_dtype_is_refused(folder: Path) -> None:
         load(folder, quantization="int8", dtype="bfloat16")
 
 
-def test_int8_elsewhere_is_refused_and_not_the_default() -> None:
-    backbone = SimpleNamespace(lm_head_weight=torch.empty(1, device="meta"))
-    assert not _wants_int8(EngineConfig("tiny"), backbone)  # type: ignore[arg-type]
-    with pytest.raises(StartupError, match="int8 is for --device cpu"):
-        _wants_int8(EngineConfig("tiny", quantization="int8"), backbone)  # type: ignore[arg-type]
+def test_it_is_refused_elsewhere_and_not_the_default() -> None:
+    backbone: Any = SimpleNamespace(lm_head_weight=torch.empty(1, device="meta"))
+    quantize(backbone, None)  # does nothing: there is no `quantize` on it
+    with pytest.raises(StartupError, match="int4 is for --device cpu"):
+        quantize(backbone, "int4")
 
 
 @pytest.fixture
