@@ -72,6 +72,7 @@ def convert(source: Path, folder: Path) -> None:
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.save_pretrained(folder)
     save_file(rename(state, config), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
 
 
