@@ -30,6 +30,7 @@ from transformers.utils import logging
 from models.attention import PagedTreeAttention, c_attention
 from models.batch import Batch
 from models.fused import FusedModel, can_fuse
+from models.inner import InnerLayersError, InnerStates, check_layers
 from models.kernels.cpu import kernels
 from models.kv_pool import KVPool
 from models.mtp import without_extra_heads
@@ -68,6 +69,8 @@ class Backbone:
         self._fused: FusedModel | None = None
         head.register_forward_pre_hook(self._keep_hidden)
         self._hidden: Tensor | None = None
+        self._inner: InnerStates | None = None
+        self.inner_layers: tuple[int, ...] = ()
         with _quiet():
             self.kv_shapes = read_layers(model)
             reference = reference_logits(model)
@@ -120,6 +123,7 @@ class Backbone:
         if can_fuse(self._model, self._attention.scorings):
             self.max_position_embeddings = self.max_position_embeddings or MAX_POSITIONS
             self._fused = FusedModel(self._model, self._attention.scorings, self.max_position_embeddings, bits)
+            self._fused.show(self.inner_layers)
             if self.lm_head_weight.data_ptr() == self._model.get_input_embeddings().weight.data_ptr():
                 self.lm_head_weight = self._fused.embedding
             del self._model  # and its float32 weights
@@ -136,15 +140,32 @@ class Backbone:
         weight: Tensor = self._model.get_input_embeddings().weight.detach()
         return weight
 
+    def show(self, layers: tuple[int, ...]) -> None:
+        """From now on hidden has these layers' outputs before the last state. Raises `BackboneError`."""
+        try:
+            check_layers(layers, self.num_layers)
+            num_extra_heads: int = getattr(self.config, "num_extra_heads", 0)
+            if layers and num_extra_heads:
+                raise InnerLayersError("A multi-token model shows its own heads' states only; use its own heads.")
+            if self._fused is not None:
+                self._fused.show(layers)
+            else:
+                if self._inner is not None:
+                    self._inner.close()
+                self._inner = InnerStates(self._model, self.num_layers, layers)
+        except InnerLayersError as error:
+            raise BackboneError(str(error)) from error
+        self.inner_layers = layers
+
     @torch.inference_mode()
     def forward(
         self, tokens: Tensor, batch: Batch, pool: KVPool, rows: Tensor, scored: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Run `tokens` and keep `rows` [n]: logits [n, vocab] float32 and hidden [n, hidden].
 
-        With `scored`, indices into `rows`, logits are of those only. Hidden is what enters the output embedding; of a
-        multi-token model what its extra heads would put there, one after another. K and V of all rows are in `pool`
-        afterwards, at `batch.slots`.
+        With `scored`, indices into `rows`, logits are of those only. Hidden is what enters the output embedding, behind
+        what `show` added: [n, (layers + 1) * hidden] then; of a multi-token model what its extra heads would put there,
+        one after another. K and V of all rows are in `pool` afterwards, at `batch.slots`.
         """
         if self._fused is not None:
             return self._fused.forward(tokens, batch, pool, rows, scored)
@@ -156,7 +177,10 @@ class Backbone:
         assert hidden is not None
         states: Tensor | None = getattr(out, "head_states", None)  # [1, n, extra heads, hidden]
         logits = out.logits[0] if scored is None else out.logits[0, scored]
-        return logits.float(), hidden[0] if states is None else states[0].flatten(1)
+        if states is not None:
+            return logits.float(), states[0].flatten(1)
+        shown = hidden if self._inner is None else self._inner.beside(hidden, rows)
+        return logits.float(), shown[0]
 
     def _keep_hidden(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._hidden = args[0]  # [1, n, hidden]

@@ -2,7 +2,8 @@
 
 | format | keys |
 |---|---|
-| ours, TGI and Medusa "version 2" | `{head}.{layer}.linear.weight`, `.bias`; ours also `token_map`, as in vLLM |
+| ours, TGI and Medusa "version 2" | `{head}.{layer}.linear.weight`, `.bias`; ours also `token_map`, as in vLLM, and |
+| | `fusion.weight` of heads that see the layers that config.json names as `inner_layers` |
 | FasterDecoding v0.1 | the same and `{head}.{layers}.weight`: an LM head for each head |
 | Medusa-2 full models | the same behind `medusa_head.`, among the base model's shards |
 | vLLM | `blocks.{head}.layers.{layer}.weight`, `lm_heads.{head}.weight` or `lm_head.weight`, `token_map` |
@@ -52,6 +53,8 @@ class HeadTensors:
     lm_heads: dict[int, Tensor] = field(default_factory=dict)  # head -> [rows, hidden]
     shared_lm_head: Tensor | None = None
     token_map: Tensor | None = None  # [draft_vocab]
+    fusion: Tensor | None = None  # [hidden, (inner layers + 1) * hidden]
+    inner_layers: tuple[int, ...] = ()
     accuracies: Accuracies | None = None
 
     @property
@@ -96,8 +99,11 @@ def build_heads(
         num_layers=tensors.num_layers,
         token_ids=None if tensors.token_map is None else tensors.token_map.long(),
         accuracies=tensors.accuracies,
+        inner_layers=tensors.inner_layers,
     )
     with torch.no_grad():
+        if heads.fusion is not None and tensors.fusion is not None:
+            heads.fusion.copy_(tensors.fusion)
         for (head, layer), block in tensors.blocks.items():
             heads.weight[layer, head].copy_(block["weight"])
             if "bias" in block:
@@ -122,7 +128,19 @@ def check_heads(tensors: HeadTensors, *, hidden_size: int, vocab_size: int) -> N
             raise CheckpointError(
                 f"Head {head}, layer {layer} in {where} has a bias of the wrong size; fetch it again."
             )
+    _check_fusion(tensors, hidden_size)
     _check_vocabulary(tensors, hidden_size, vocab_size)
+
+
+def _check_fusion(tensors: HeadTensors, hidden_size: int) -> None:
+    found = None if tensors.fusion is None else tuple(tensors.fusion.shape)
+    count = len(tensors.inner_layers)
+    if found != ((hidden_size, (count + 1) * hidden_size) if count else None):
+        raise CheckpointError(
+            f"The fusion.weight in {tensors.source} is {found or 'missing'}, which does not fit the {count} "
+            f"inner_layers of its config.json and this model's hidden size, {hidden_size}; "
+            "give heads that were trained for it."
+        )
 
 
 def _check_vocabulary(tensors: HeadTensors, hidden_size: int, vocab_size: int) -> None:
@@ -170,7 +188,9 @@ def read_heads(path: Path) -> HeadTensors:
             _place(tensors, name, tensor)
     if not tensors.blocks:
         raise CheckpointError(f"There are no Medusa heads in {path}; give a file or folder with trained heads.")
-    tensors.accuracies = _accuracies(path / "config.json", tensors.num_heads)
+    config = _config(path / "config.json")
+    tensors.accuracies = _accuracies(path, config.get("accuracies"), tensors.num_heads)
+    tensors.inner_layers = _inner_layers(path, config.get("inner_layers", []))
     return tensors
 
 
@@ -185,6 +205,8 @@ def _place(tensors: HeadTensors, full_name: str, tensor: Tensor) -> None:
         tensors.shared_lm_head = tensor
     elif name == "token_map":
         tensors.token_map = tensor
+    elif name == "fusion.weight":
+        tensors.fusion = tensor
     else:
         raise CheckpointError(
             f"{tensors.source} has a tensor named '{full_name}', which belongs to no known format of Medusa heads; "
@@ -226,19 +248,35 @@ def _of_heads(names: Iterable[str]) -> list[str]:
     return [name for name in every if _PREFIX.match(name) or not is_shard]
 
 
-def _accuracies(config: Path, num_heads: int) -> Accuracies | None:
-    if not config.is_file():
+def _config(file: Path) -> dict[str, Any]:
+    """The content of config.json; empty if there is none."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); fetch it again or remove it.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} cannot be read (it is no JSON object); fetch it again or remove it.")
+    return config
+
+
+def _accuracies(path: Path, rows: Any, num_heads: int) -> Accuracies | None:
+    if rows is None:
         return None
     try:
-        rows = json.loads(config.read_text()).get("accuracies")
-        if rows is None:
-            return None
         accuracies = tuple(tuple(float(share) for share in row) for row in rows)
-    except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{config} cannot be read ({error}); fetch it again or remove it.") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"accuracies in {path}/config.json cannot be read ({error}); remove them.") from error
     if len(accuracies) != num_heads:
-        raise CheckpointError(f"{config} has accuracies of {len(accuracies)} heads for {num_heads}; remove them.")
+        raise CheckpointError(
+            f"{path}/config.json has accuracies of {len(accuracies)} heads, not {num_heads}; remove them."
+        )
     return accuracies
+
+
+def _inner_layers(path: Path, layers: Any) -> tuple[int, ...]:
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise CheckpointError(f"inner_layers in {path}/config.json is no list of layers; fetch the files again.")
+    return tuple(layers)
 
 
 def save_heads(
@@ -269,6 +307,7 @@ def save_heads(
         "draft_vocab_size": len(heads.token_ids),
         "base_model_name_or_path": base_model,
         "accuracies": heads.accuracies,
+        **({"inner_layers": heads.inner_layers} if heads.inner_layers else {}),
         "training": dict(facts or {}),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -281,6 +320,8 @@ def _named(heads: ResBlockHeads, vocab_size: int, convert: Callable[[Tensor], Te
         for layer in range(heads.num_layers):
             named[f"{head}.{layer}.linear.weight"] = convert(heads.weight[layer, head])
             named[f"{head}.{layer}.linear.bias"] = convert(heads.bias[layer, head, 0])
+    if heads.fusion is not None:
+        named["fusion.weight"] = convert(heads.fusion)
     if len(heads.token_ids) < vocab_size:
         named["token_map"] = heads.token_ids.to("cpu", torch.int32)
     return named

@@ -112,6 +112,11 @@ def base_model_name(heads: Path, model: str) -> str:
 
 def check_expressible(tensors: HeadTensors, format: str) -> None:
     """Raise ExportError if heads of this kind have no place in the format."""
+    if tensors.fusion is not None:
+        raise ExportError(
+            f"The {format} format has no place for heads that see inner layers; export heads that were trained with "
+            "--features last."
+        )
     if format == "fasterdecoding-2" and (tensors.lm_heads or tensors.shared_lm_head is not None):
         raise ExportError("fasterdecoding-2 has no LM heads of its own; give --format fasterdecoding for these heads.")
 

@@ -162,13 +162,19 @@ class FusedModel(FusedLayers):
         )  # a copy: the loaded one may hold a whole file open
         packed = self._linear((head.weight, head.bias), 8)
         self._struct = self._trunk(self.embedding, trunk.norm.weight, packed, trunk.rotary_emb, num_positions)
+        self._shown: Tensor = torch.empty(0, dtype=torch.int64)  # layers whose outputs are kept, too
+
+    def show(self, layers: Sequence[int]) -> None:
+        """As `Backbone.show`; the layers are there."""
+        self._shown = torch.tensor(layers, dtype=torch.int64)
+        self._struct.shown, self._struct.num_shown = cpu.address(self._shown), len(layers)
 
     def forward(
         self, tokens: Tensor, batch: Batch, pool: KVPool, rows: Tensor, scored: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `Backbone.forward`."""
         buffers, step = self._buffers(len(tokens), pool), cpu.step_struct(batch)
-        asked = cpu.Asked(rows, scored, self._hidden_size, self._struct.head.outputs)
+        asked = cpu.Asked(rows, scored, (len(self._shown) + 1) * self._hidden_size, self._struct.head.outputs)
         cpu.call(
             "medusa_forward",
             ctypes.byref(self._struct),

@@ -21,7 +21,7 @@ usage: medusa-serve COMMAND ...
   train pretrain --data FILES --output DIR ...     train a multi-token model on text, from scratch
   train experiment NAME --output DIR ...           rerun a claim of multi-token prediction on small models
   export heads HEADS --format FORMAT ...           write heads for FasterDecoding's Medusa, TGI or vLLM
-  evaluate heads ...                               tokens per step on held-out prompts, by number of nodes
+  evaluate heads ...                               what heads bring on held-out text: a report on one or several
   evaluate perplexity ...                          int8 or int4 weights against float32 on a text
   version                                          print the version
 
@@ -40,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return distill.main(flags)
         case ["train", "heads", *flags]:
             from models.train import heads
+            from server.step_times import measure_steps
 
-            return heads.main(flags)
+            return heads.main(flags, measure_steps)
         case ["train", "pretrain", *flags]:
             from models.train import pretrain
 
@@ -56,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return export.main(flags)
         case ["evaluate", "heads", *flags]:
             from models.train import evaluate
+            from server.step_times import measure_steps
 
-            return evaluate.main(flags)
+            return evaluate.main(flags, measure_steps)
         case ["evaluate", "perplexity", *flags]:
             from models.train import perplexity
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from models.drafters.resblock import ResBlockHeads
+from models.drafters.resblock import ResBlockHeads, last_of
+from models.inner import normed
 from models.kernels.cpu import PackedLinear
 
 
@@ -18,6 +19,9 @@ class PackedHeads:
 
     def __init__(self, heads: ResBlockHeads) -> None:
         self.num_heads, self.accuracies, self.token_ids = heads.num_heads, heads.accuracies, heads.token_ids
+        self.inner_layers, self._hidden_size = heads.inner_layers, heads.hidden_size
+        fusion = None if heads.fusion is None else heads.fusion - last_of(heads.fusion.T, len(heads.inner_layers))
+        self._fusion = None if fusion is None else PackedLinear(fusion)  # the last state itself is added exactly
         weights, biases = heads.weight, heads.bias[:, :, 0]
         self._first = PackedLinear(weights[0].flatten(0, 1), biases[0].flatten())  # all heads see the same state
         self._others = [
@@ -28,8 +32,11 @@ class PackedHeads:
         self._lm_heads = [PackedLinear(rows) for rows in ([heads.lm_head] if shared else heads.lm_head)]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[batch, hidden], as it enters the model's output embedding -> [batch, heads, draft_vocab] logits."""
+        """[batch, (inner layers + 1) * hidden], as heads see it -> [batch, heads, draft_vocab] logits."""
         batch = len(hidden)
+        if self._fusion is not None:
+            last = hidden[:, -self._hidden_size :]
+            hidden = last + self._fusion(normed(hidden, len(self.inner_layers)))
         first = self._first(hidden).view(batch, self.num_heads, -1).transpose(0, 1)
         states = hidden + silu(first)  # [heads, batch, hidden]
         for layer in self._others:

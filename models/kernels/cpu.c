@@ -32,6 +32,8 @@ typedef struct {
     Linear head;
     const float *cos, *sin;   /* [positions][rotary_dim] */
     int64_t rotary_dim;
+    const int64_t *shown;     /* layers whose outputs are kept, too */
+    int64_t num_shown;
 } Trunk;
 
 /* A sequential drafter: one layer, and what enters it, [norm(embedding); norm(state)] times a weight. */
@@ -196,21 +198,36 @@ typedef struct {
     int64_t count;
     const int64_t *scored; /* [num_scored] indices into `rows`: those with logits */
     int64_t num_scored;
-    float *kept;           /* [count][hidden]: what enters the output embedding */
+    float *kept;           /* [count][shown layers, hidden]: behind their outputs what enters the output embedding */
     float *logits;         /* [num_scored][outputs of the head] */
 } Asked;
+
+/* One stage for each time that this layer is to be shown: what came out of it, of the rows asked about. */
+static void show(Team *team, const Trunk *trunk, int64_t layer, const float *hidden, const Asked *asked) {
+    const int64_t size = trunk->head.inputs, width = (trunk->num_shown + 1) * size;
+    for (int64_t k = 0; k < trunk->num_shown; k++) {
+        if (trunk->shown[k] != layer) continue;
+        for (int64_t i; (i = take(team, 1)) < asked->count;)
+            memcpy(asked->kept + i * width + k * size, hidden + asked->rows[i] * size, size * sizeof(float));
+        meet(team);
+    }
+}
 
 /* The layers, from what is in b->hidden to the answers. */
 static void run_layers(Team *team, Scratch *scratch, float *wide, const Trunk *trunk, const Step *step, const Buffers *b,
                        const Asked *asked) {
-    const int64_t size = trunk->head.inputs;
+    const int64_t size = trunk->head.inputs, width = (trunk->num_shown + 1) * size;
     const Rows last = as_wide(&b->narrow, size);
-    for (int64_t i = 0; i < trunk->num_layers; i++) run_layer(team, scratch, wide, trunk, trunk->layers + i, step, b);
+    float *states = asked->kept + width - size;
+    for (int64_t i = 0; i < trunk->num_layers; i++) {
+        run_layer(team, scratch, wide, trunk, trunk->layers + i, step, b);
+        show(team, trunk, i, b->hidden, asked);
+    }
     for (int64_t i; (i = take(team, 1)) < asked->count;)
-        rms_norm(b->hidden + asked->rows[i] * size, trunk->norm, size, trunk->layers->epsilon, asked->kept + i * size);
+        rms_norm(b->hidden + asked->rows[i] * size, trunk->norm, size, trunk->layers->epsilon, states + i * width);
     meet(team);
     for (int64_t i; (i = take(team, 1)) < asked->num_scored;)
-        quantize_row(&last, i, asked->kept + asked->scored[i] * size);
+        quantize_row(&last, i, states + asked->scored[i] * width);
     meet(team);
     multiply(team, &trunk->head, &last, asked->num_scored, SET, asked->logits);
 }

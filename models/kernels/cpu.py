@@ -95,6 +95,8 @@ class TrunkStruct(Structure):
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("rotary_dim", c_int64),
+        ("shown", c_void_p),
+        ("num_shown", c_int64),
     )
 
 
@@ -260,12 +262,12 @@ class Rows:
 
 
 class Asked:
-    """Rows of a step that are asked about, and room for the answers: `kept` [n, hidden], `logits` [scored, outputs]."""
+    """Rows of a step that are asked about, and room for the answers: `kept` [n, width], `logits` [scored, outputs]."""
 
-    def __init__(self, rows: Tensor, scored: Tensor | None, hidden_size: int, outputs: int) -> None:
+    def __init__(self, rows: Tensor, scored: Tensor | None, width: int, outputs: int) -> None:
         """`scored`: indices into `rows` of those with logits; None is all."""
         self._rows, self._scored = rows, torch.arange(len(rows)) if scored is None else scored
-        self.kept = torch.empty(len(rows), hidden_size)
+        self.kept = torch.empty(len(rows), width)
         self.logits = torch.empty(len(self._scored), outputs)
         self.struct = AskedStruct(
             address(self._rows),

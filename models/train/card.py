@@ -25,8 +25,8 @@ expected tokens (`token_map`). Serve them with `medusa-serve serve MODEL --heads
 
     {command}
 
-The trunk is frozen; {positions} training positions, soft labels (the base model's own distribution at each depth), best
-of {epochs} epochs (epoch {best_epoch}), on {device}. The facts are in `config.json`.
+The trunk is frozen; {positions} training positions, soft labels (the base model's own distribution at each depth), the
+best evaluation (after epoch {best_epoch:g} of {epochs}), on {device}. The facts are in `config.json`.
 
 ## What was measured
 
@@ -38,7 +38,7 @@ Right token among the first k guesses:
 
 Tokens per step (1 + accepted guesses), walking the text step by step with the best static tree of each size, ± one
 standard error; and what the accuracies promise if depths were independent. The trees are built, and the
-epoch was chosen, on this same text.
+weights were chosen, on this same text.
 
 {taus}
 """

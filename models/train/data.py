@@ -2,7 +2,8 @@
 
 Accepted: JSONL rows with `messages` (chat), `q`/`a` (one chat turn), `prompt`/`completion` (raw text) or `text`, and
 plain text files, cut into documents at blank lines. Two optional fields describe how an answer was made: `temp`
-(0 is greedy) and `n` (generated tokens; an answer with no fewer tokens was cut off, so no end token follows it).
+(0 is greedy) and `n` (generated tokens; an answer with no fewer tokens was cut off, so no end token follows it). A
+third, `category`, says what kind of prompt it answers, for reports.
 
 Invariants:
 - files are read before, and without, the model: what is wrong with them is said at once;
@@ -40,6 +41,7 @@ class Row:
     greedy: bool = False
     generated: int | None = None  # tokens that the model wrote, if known
     where: str = ""  # file and line, for messages
+    category: str = ""  # of the prompt, if the data names it
 
     @property
     def key(self) -> str:
@@ -58,6 +60,7 @@ class Example:
     counts: tuple[bool, ...]
     held_out: bool
     greedy: bool
+    category: str = ""
 
 
 def encode_rows(
@@ -73,7 +76,7 @@ def encode_rows(
         held_out = is_held_out(row.key, validation_fraction)
         for start in range(0, len(tokens), max_length):
             cut = slice(start, start + max_length)
-            examples.append(Example(tuple(tokens[cut]), tuple(counts[cut]), held_out, row.greedy))
+            examples.append(Example(tuple(tokens[cut]), tuple(counts[cut]), held_out, row.greedy, row.category))
     if not any(any(example.counts) for example in examples):
         raise DataError("No text to learn from; give --data with at least one answer.")
     return examples
@@ -120,7 +123,9 @@ def _documents(content: str, size: int = 4000) -> Iterator[str]:
 
 def _parse(line: str, where: str) -> Row:
     try:
-        return replace(_row(json.loads(line)), where=where)
+        fields = json.loads(line)
+        category = _typed(fields.get("category"), str, NoneType) or ""
+        return replace(_row(fields), where=where, category=category)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise DataError(
             f"{where} is not a usable row ({error!r}); expected a JSON object with messages, q and a, "

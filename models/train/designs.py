@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,13 +28,22 @@ H = TypeVar("H", ResBlockHeads, SequentialHeads)
 AnyHeads = ResBlockHeads | SequentialHeads
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What the operator chooses of heads."""
+
+    num_heads: int
+    num_layers: int = 1  # residual blocks of each
+    inner_layers: tuple[int, ...] = ()  # that they see besides the last state
+
+
 class Design(ABC):
     """One kind of heads."""
 
     recipe: Recipe  # what it is trained with unless the operator says otherwise
 
     @abstractmethod
-    def new(self, frozen: Frozen, token_ids: Tensor, num_heads: int, num_layers: int) -> AnyHeads:
+    def new(self, frozen: Frozen, token_ids: Tensor, sizes: Sizes) -> AnyHeads:
         """Untrained heads in float32 over the frozen LM head's rows of the draft vocabulary, in the trunk's dtype."""
 
     @abstractmethod
@@ -55,9 +64,9 @@ class ResBlocks(Design):
 
     recipe = Recipe()
 
-    def new(self, frozen: Frozen, token_ids: Tensor, num_heads: int, num_layers: int) -> ResBlockHeads:
+    def new(self, frozen: Frozen, token_ids: Tensor, sizes: Sizes) -> ResBlockHeads:
         rows = frozen.lm_head[token_ids.to(frozen.lm_head.device)]
-        return _in_float(ResBlockHeads(rows, num_heads=num_heads, num_layers=num_layers, token_ids=token_ids))
+        return _in_float(ResBlockHeads(rows, token_ids=token_ids, **asdict(sizes)))
 
     def distiller(self, heads: Any, cache: TrunkCache, training: NDArray[np.bool_], recipe: Recipe) -> Distiller[Any]:
         return ResBlockDistiller(heads, cache, training, recipe)
@@ -68,7 +77,7 @@ class ResBlocks(Design):
     def describe(self, heads: Any) -> str:
         return (
             f"{heads.num_heads} heads with {heads.num_layers} residual block(s) each. Head k guesses the token k + 1 "
-            "places after the hidden state that it sees."
+            f"places after the hidden state that it sees.{_inner_in_words(heads.inner_layers)}"
         )
 
 
@@ -77,11 +86,12 @@ class Sequential(Design):
 
     recipe = replace(Recipe(), epochs=2, batch_size=1536, lr=1e-3)
 
-    def new(self, frozen: Frozen, token_ids: Tensor, num_heads: int, num_layers: int) -> SequentialHeads:
-        """One layer of the model's own sizes, whatever `num_layers` says; the command refuses others."""
+    def new(self, frozen: Frozen, token_ids: Tensor, sizes: Sizes) -> SequentialHeads:
+        """One layer of the model's own sizes, that sees the last state: the command refuses other wishes."""
         rows = frozen.lm_head[token_ids.to(frozen.lm_head.device)]
         shape = _shape(frozen.config)
-        return _in_float(SequentialHeads(shape, frozen.embedding, rows, num_heads=num_heads, token_ids=token_ids))
+        heads = SequentialHeads(shape, frozen.embedding, rows, num_heads=sizes.num_heads, token_ids=token_ids)
+        return _in_float(heads)
 
     def distiller(self, heads: Any, cache: TrunkCache, training: NDArray[np.bool_], recipe: Recipe) -> Distiller[Any]:
         return SequentialDistiller(heads, cache, training, recipe)
@@ -104,6 +114,25 @@ def rank(heads: AnyHeads, hidden: Tensor, tokens: NDArray[np.int64], counts: NDA
     if isinstance(heads, SequentialHeads):
         return rank_sequential(heads, hidden, tokens, counts)
     return rank_text(heads, hidden, tokens, counts)
+
+
+def describe(heads: AnyHeads) -> str:
+    """What they are, whoever trained them."""
+    return DESIGNS["sequential" if isinstance(heads, SequentialHeads) else "resblock"].describe(heads)
+
+
+def inner_layers(heads: AnyHeads) -> tuple[int, ...]:
+    """Layers of the model that they see besides its last state."""
+    return heads.inner_layers if isinstance(heads, ResBlockHeads) else ()
+
+
+def count_parameters(heads: AnyHeads) -> int:
+    """Those of their own, without the model's embedding and LM head."""
+    return sum(parameter.numel() for parameter in heads.parameters())
+
+
+def _inner_in_words(layers: tuple[int, ...]) -> str:
+    return f" They see the outputs of layers {', '.join(map(str, layers))}, too (counted from 0)." if layers else ""
 
 
 def _in_float(heads: H) -> H:

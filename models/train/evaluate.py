@@ -1,4 +1,4 @@
-"""`medusa-serve evaluate heads`: tokens per step on held-out text, by number of tree nodes.
+"""`medusa-serve evaluate heads`: a report (models/train/report.py) on one or several heads, judged on held-out text.
 
 Invariants: the held-out rows are those that training kept aside (models/train/data.py); the trunk runs in float32.
 """
@@ -6,7 +6,8 @@ Invariants: the held-out rows are those that training kept aside (models/train/d
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from models.checkpoint import load_heads
-from models.drafters.resblock import DEFAULT_ACCURACIES, Accuracies
+from models.drafters.resblock import DEFAULT_ACCURACIES
+from models.errors import UsageError
 from models.sequential_checkpoint import build_sequential, is_sequential, read_sequential
 from models.source import resolve
-from models.train.acceptance import Tau, Text, measure_accuracies, tau_by_nodes
+from models.train.acceptance import Text
 from models.train.command import run
 from models.train.data import DataError, Example, encode_rows, read_rows
-from models.train.designs import AnyHeads, rank
+from models.train.designs import AnyHeads, count_parameters, describe, inner_layers, rank
+from models.train.machine import this_machine
+from models.train.report import REQUESTS, SIZES, Design, Report, Setting, judge, markdown, write_report
+from models.train.step_times import Measure, StepTimes, Trial
 from models.train.trunk import check_device, forward_with_hidden, load_trunk
 
 VALIDATION_FRACTION = 0.06
@@ -41,42 +45,88 @@ def held_out(examples: Sequence[Example]) -> list[int]:
     return [i for i in kept if examples[i].greedy] or kept
 
 
-def main(argv: list[str]) -> int:
-    """Entry of `medusa-serve evaluate heads`; returns the exit code."""
-    return run(_evaluate, _parser().parse_args(argv))
+def main(argv: list[str], measure: Measure | None = None) -> int:
+    """Entry of `medusa-serve evaluate heads`; returns the exit code. Without `measure` nothing is timed."""
+    return run(lambda options, console: _evaluate(options, console, measure), _parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="medusa-serve evaluate heads", description="Tokens per step on held-out text."
+        prog="medusa-serve evaluate heads", description="How well heads guess held-out text, and how fast that is here."
     )
     parser.add_argument("model", metavar="MODEL", help="folder, hub id or GGUF file of the base model")
-    parser.add_argument("--heads", type=Path, required=True, help="file or folder of trained heads")
+    parser.add_argument("--heads", type=Path, nargs="+", required=True, help="files or folders of trained heads")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="the files given to training")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="where to write report.md, .json and .svg, too")
     parser.add_argument("--validation-fraction", type=float, default=VALIDATION_FRACTION, help="as in training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 
-def _evaluate(options: argparse.Namespace, console: Console) -> None:
+def _evaluate(options: argparse.Namespace, console: Console, measure: Measure | None) -> None:
     check_device(options.device)
-    rows = read_rows(options.data)
-    model, tokenizer = load_trunk(resolve(options.model), torch.float32, options.device)
-    heads = _load_heads(options.heads, model)
+    rows, folder = read_rows(options.data), resolve(options.model)
+    model, tokenizer = load_trunk(folder, torch.float32, options.device)
+    designs = [_load_heads(path, model) for path in options.heads]
     examples = encode_rows(rows, tokenizer, validation_fraction=options.validation_fraction)
-    texts: list[Text] = []
+    texts: list[dict[str, list[Text]]] = [defaultdict(list) for _ in designs]
     own: list[NDArray[np.bool_]] = []
-    for i in track(held_out(examples), "Reading held-out text", console=console, transient=True):
-        found, agreed = rank_example(model, heads, examples[i])
-        texts += found
+    judged = held_out(examples)
+    for i in track(judged, "Reading held-out text", console=console, transient=True):
+        found, agreed = rank_example(model, designs, examples[i])
+        for mine, ranked in zip(texts, found, strict=True):
+            mine[examples[i].category] += ranked
         own.append(agreed)
-    positions = sum(len(text.ranks) for text in texts)
-    console.print(
-        f"{len(texts)} held-out answers, {positions} positions; {np.concatenate(own).mean():.1%} of their tokens "
-        "are what the model in float32 says greedily."
+    del model
+    trial = Trial(folder, options.heads, options.device, prompts(examples, judged), REQUESTS, SIZES)
+    times = time_steps(measure, trial, console)
+    names = _names(options.heads)
+    every = [text for part in texts[0].values() for text in part]
+    setting = Setting(
+        options.model,
+        "float32",
+        str(this_machine()),
+        len(every),
+        sum(len(text.ranks) for text in every),
+        float(np.concatenate(own).mean()),
     )
-    console.print(_accuracy_table(measure_accuracies(texts)))
-    console.print(_tau_table(tau_by_nodes(texts, heads.accuracies or DEFAULT_ACCURACIES[: heads.num_heads])))
+    found_of = zip(names, designs, texts, times, strict=True)
+    report = Report(setting, [_judge(*each) for each in found_of])
+    console.print(markdown(report), markup=False, highlight=False, soft_wrap=True)
+    if options.report is not None:
+        write_report(options.report, report)
+
+
+def _judge(name: str, heads: AnyHeads, texts: Mapping[str, Sequence[Text]], times: StepTimes | None) -> Design:
+    accuracies = heads.accuracies or DEFAULT_ACCURACIES[: heads.num_heads]
+    return judge(name, describe(heads), count_parameters(heads), texts, accuracies, times)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths that tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise DataError("--heads names the same heads twice; leave one of them out.")
+
+
+def prompts(examples: Sequence[Example], judged: Sequence[int]) -> list[tuple[int, ...]]:
+    """What comes before the first answer of each of these examples, the first token at least."""
+    return [examples[i].tokens[: max(examples[i].counts.index(True), 1)] for i in judged]
+
+
+def time_steps(measure: Measure | None, trial: Trial, console: Console) -> Sequence[StepTimes | None]:
+    """Of each of the heads. Says so if the model cannot be served, which is no reason to lose what else was found."""
+    if measure is None:
+        return [None] * len(trial.heads)
+    try:
+        with console.status("Measuring step times"):
+            return measure(trial)
+    except UsageError as error:
+        console.print(f"Step times were not measured: {error}", markup=False)
+        return [None] * len(trial.heads)
 
 
 def _load_heads(path: Path, model: Any) -> AnyHeads:
@@ -88,24 +138,15 @@ def _load_heads(path: Path, model: Any) -> AnyHeads:
 
 
 @torch.inference_mode()
-def rank_example(model: Any, heads: AnyHeads, example: Example) -> tuple[list[Text], NDArray[np.bool_]]:
-    """Ranks of one example, and of each counted token whether it is the model's own greedy choice."""
+def rank_example(
+    model: Any, designs: Sequence[AnyHeads], example: Example
+) -> tuple[list[list[Text]], NDArray[np.bool_]]:
+    """Ranks of one example by each design, and of each counted token whether it is the model's own greedy choice."""
     tokens, counts = np.array(example.tokens), np.array(example.counts)
-    hidden, logits = forward_with_hidden(model, torch.from_numpy(tokens)[None].to(model.device))
+    shown = sorted({layer for heads in designs for layer in inner_layers(heads)})
+    states, logits = forward_with_hidden(model, torch.from_numpy(tokens)[None].to(model.device), shown)
     greedy = logits[0].argmax(-1).cpu().numpy()
     agreed = (greedy[:-1] == tokens[1:])[counts[1:]]
-    return rank(heads, hidden[0], tokens, counts), agreed
-
-
-def _accuracy_table(accuracies: Accuracies) -> Table:
-    table = Table("head", *(f"top {k}" for k in (1, 2, 3, 5, 10)), title="Right token among the first")
-    for head, shares in enumerate(accuracies, start=1):
-        table.add_row(str(head), *(f"{sum(shares[:k]):.3f}" for k in (1, 2, 3, 5, 10)))
-    return table
-
-
-def _tau_table(rows: Sequence[Tau]) -> Table:
-    table = Table("nodes", "tau", "± (standard error)", "if depths were independent", title="Tokens per step")
-    for row in rows:
-        table.add_row(str(row.nodes), f"{row.measured:.3f}", f"{row.error:.3f}", f"{row.independent:.3f}")
-    return table
+    parts = states[0].view(len(tokens), len(shown) + 1, -1)  # [positions, layers shown and the last, hidden]
+    hidden = [parts[:, [*map(shown.index, inner_layers(heads)), -1]].flatten(1) for heads in designs]
+    return [rank(heads, own, tokens, counts) for heads, own in zip(designs, hidden, strict=True)], agreed

@@ -4,7 +4,7 @@ With --joint a second stage follows (`joint`), and the folder is the changed mod
 
 Invariants:
 - the run can be stopped at any time and continued with --resume, with the same result;
-- what is written is the epoch that was best on held-out text, which training never saw;
+- what is written is what was best, of all evaluations, on held-out text, which training never saw;
 - OUTPUT holds what may be published and nothing else; what the run needs for itself lies in --work, beside it.
 """
 
@@ -16,6 +16,7 @@ import shlex
 import shutil
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,31 +29,49 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models.drafters.resblock import ResBlockHeads
+from models.inner import low_and_middle
 from models.source import OWN_HEADS, resolve
 from models.train.acceptance import Text, measure_accuracies, tau_by_nodes
 from models.train.card import model_card
 from models.train.command import positive, run
-from models.train.data import DataError, encode_rows, read_rows
-from models.train.designs import DESIGNS, AnyHeads, rank
-from models.train.distill import Distiller, Recipe, draft_vocabulary, teachable
-from models.train.evaluate import VALIDATION_FRACTION, held_out
+from models.train.data import DataError, Example, encode_rows, read_rows
+from models.train.designs import DESIGNS, AnyHeads, Sizes, count_parameters, rank
+from models.train.distill import Distiller, History, Recipe, draft_vocabulary, teachable
+from models.train.evaluate import VALIDATION_FRACTION, held_out, prompts, time_steps
+from models.train.machine import this_machine
 from models.train.medusa2 import Joint, train_jointly
+from models.train.report import REQUESTS, SIZES, Report, Setting, judge, write_report
+from models.train.step_times import Measure, Trial
 from models.train.trunk import Frozen, TrunkCache, build_cache, check_device, load_frozen
 from models.tree import best_static_choices, expected_tau
 
 _SCORED_NODES = 8
+FEATURES = ("last", "low,mid,last")
 MAX_LENGTH = 1024  # tokens of one example; longer texts are cut
 _JOINT_SETTINGS = ("joint_epochs", "joint_lr", "joint_rows")
 _SETTINGS = (
-    *("name", "design", "quantization", "num_heads", "num_layers", "draft_vocab", "epochs", "batch_size", "lr", "seed"),
+    *(
+        "name",
+        "design",
+        "quantization",
+        "num_heads",
+        "num_layers",
+        "features",
+        "draft_vocab",
+        "epochs",
+        "batch_size",
+        "lr",
+        "seed",
+    ),
+    *("evaluations", "patience"),
     *("validation_fraction", "all_positions", "dtype", "joint", *_JOINT_SETTINGS),
 )
 _SECONDS_BETWEEN_SAVES = 120.0
 
 
-def main(argv: list[str]) -> int:
-    """Entry of `medusa-serve train heads`; returns the exit code."""
-    return run(train, _parser().parse_args(argv))
+def main(argv: list[str], measure: Measure | None = None) -> int:
+    """Entry of `medusa-serve train heads`; returns the exit code. Without `measure` the report times nothing."""
+    return run(lambda options, console: train(options, console, measure), _parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,10 +88,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num-heads", type=positive, default=4, help="tokens guessed ahead")
     parser.add_argument("--num-layers", type=positive, default=1, help="residual blocks per head")
+    parser.add_argument(
+        "--features", choices=FEATURES, default="last", help="states of the model that residual heads see"
+    )
     parser.add_argument("--draft-vocab", type=int, default=8192, help="tokens that heads can guess; 0 is all")
     parser.add_argument("--epochs", type=positive, help="by default what suits the design, as the next two")
     parser.add_argument("--batch-size", type=positive, help="positions per step")
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--evaluations", type=positive, default=1, help="on held-out text in each epoch")
+    parser.add_argument("--patience", type=positive, help="end after so many evaluations that are no better")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validation-fraction", type=float, default=VALIDATION_FRACTION)
     parser.add_argument("--all-positions", action="store_true", help="learn from what users and system wrote, too")
@@ -92,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train(options: argparse.Namespace, console: Console) -> None:
+def train(options: argparse.Namespace, console: Console, measure: Measure | None = None) -> None:
     """Everything from text to folder; `options` as parsed above. What can be refused without the model, is."""
     _check(options)
     rows = read_rows(options.data)
@@ -107,7 +131,8 @@ def train(options: argparse.Namespace, console: Console) -> None:
     if not any(any(example.counts[2:]) for example in examples if not example.held_out):
         raise DataError("No text is left to learn from; give more, or a smaller --validation-fraction.")
     with _progress(console) as progress:
-        cache = build_cache(frozen.trunk, examples, work / "trunk", progress=_bar(progress, "Running the trunk"))
+        bar = _bar(progress, "Running the trunk")
+        cache = build_cache(frozen.trunk, examples, work / "trunk", inner_layers=_inner(options, frozen), progress=bar)
     training = np.array([not example.held_out for example in examples])
     heads = _new_heads(frozen, cache, training, options)
     vocab_size = len(frozen.lm_head)
@@ -120,14 +145,19 @@ def train(options: argparse.Namespace, console: Console) -> None:
     if options.joint:
         assert isinstance(heads, ResBlockHeads)
         joint = train_jointly(options, heads, examples, work, console)
-        merged = [examples[i] for i in judged]
+        examples = [examples[i] for i in judged]
         shutil.rmtree(work / "merged", ignore_errors=True)  # it is named by what both trunks have in common
         with _progress(console) as progress:
-            cache = build_cache(joint.model, merged, work / "merged", progress=_bar(progress, "Running the new trunk"))
-        folder, judged = options.output / OWN_HEADS, list(range(len(merged)))
+            bar = _bar(progress, "Running the new trunk")
+            inner = heads.inner_layers
+            cache = build_cache(joint.model, examples, work / "merged", inner_layers=inner, progress=bar)
+        folder, judged = options.output / OWN_HEADS, list(range(len(examples)))
     texts = _rank(heads, cache, judged)
-    _write(options, folder, distiller, joint, texts, vocab_size, own=_own_share(cache, judged))
+    own = _own_share(cache, judged)
+    _write(options, folder, distiller, joint, texts, vocab_size, own=own)
     console.print(f"{'Model and heads' if joint else 'Heads'} written to {options.output}")
+    model = options.output if joint else resolve(options.model)
+    _report(options, model, folder, heads, cache, examples, judged, own, measure, console)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -138,6 +168,8 @@ def _check(options: argparse.Namespace) -> None:
         raise DataError("--joint is for --design resblock and --quantization none: Medusa-2 is made of these.")
     if not options.joint and any(getattr(options, key) is not None for key in _JOINT_SETTINGS):
         raise DataError("--joint-epochs, --joint-lr and --joint-rows are for --joint: add it, or leave them out.")
+    if options.design == "sequential" and options.features != "last":
+        raise DataError("--features is for --design resblock: a sequential drafter sees the last state.")
     if options.quantization != "none" and options.device != "cpu":
         raise DataError(f"--quantization {options.quantization} is for --device cpu: leave one of them out.")
     check_device(options.device)
@@ -150,15 +182,22 @@ def _load(options: argparse.Namespace) -> Frozen:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    chosen = {key: getattr(options, key) for key in ("epochs", "batch_size", "lr") if getattr(options, key) is not None}
-    return replace(DESIGNS[options.design].recipe, seed=options.seed, **chosen)
+    keys = ("epochs", "batch_size", "lr", "patience")
+    chosen = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
+    return replace(DESIGNS[options.design].recipe, seed=options.seed, evaluations=options.evaluations, **chosen)
 
 
 def _new_heads(frozen: Frozen, cache: TrunkCache, training: NDArray[np.bool_], options: argparse.Namespace) -> AnyHeads:
     positions = teachable(cache) & np.repeat(training, np.diff(cache.starts))
     token_ids = draft_vocabulary(cache, positions, len(frozen.lm_head), options.draft_vocab, frozen.ends)
     torch.manual_seed(options.seed)
-    return DESIGNS[options.design].new(frozen, token_ids, options.num_heads, options.num_layers)
+    sizes = Sizes(options.num_heads, options.num_layers, _inner(options, frozen))
+    return DESIGNS[options.design].new(frozen, token_ids, sizes)
+
+
+def _inner(options: argparse.Namespace, frozen: Frozen) -> tuple[int, ...]:
+    """Raises InnerLayersError if the model has too few layers."""
+    return () if options.features == "last" else low_and_middle(int(frozen.config.num_hidden_layers))
 
 
 def _rank(heads: AnyHeads, cache: TrunkCache, judged: Sequence[int]) -> list[Text]:
@@ -188,10 +227,10 @@ def _score(texts: Sequence[Text]) -> float:
 
 
 def _run(distiller: Distiller[Any], state: Path, score: Callable[[], float], resume: bool, console: Console) -> None:
-    """Train to the end, saving at each epoch, every few minutes and when asked to stop."""
+    """Train to the end, saving at each evaluation, every few minutes and when asked to stop."""
     if resume and state.exists():
         distiller.load(state)
-    saved = time.monotonic()
+    saved, told = time.monotonic(), [""] * len(distiller.history.scores)
     with _progress(console) as progress, _stop_requests() as stopping:
         task = progress.add_task("Training", total=distiller.recipe.epochs * distiller.batches_per_epoch)
 
@@ -199,16 +238,24 @@ def _run(distiller: Distiller[Any], state: Path, score: Callable[[], float], res
             nonlocal saved
             at = distiller.position
             progress.update(task, completed=at.epoch * distiller.batches_per_epoch + at.batch)
-            if at.batch == 0:
-                loss, tau = distiller.history.losses[-1], distiller.history.scores[-1]
-                console.print(f"epoch {at.epoch}: loss {loss:.4f}, held-out tau at {_SCORED_NODES} nodes {tau:.3f}")
-            if stopping or at.batch == 0 or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+            is_new = len(distiller.history.scores) > len(told)
+            if is_new:
+                told.append(_tell(distiller.history))
+                console.print(told[-1])
+            if stopping or is_new or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
                 distiller.save(state)
                 saved = time.monotonic()
             if stopping:
                 raise KeyboardInterrupt
 
         distiller.run(score, on_batch)
+    if distiller.has_lost_patience:
+        console.print(f"Ended early: the last {distiller.recipe.patience} evaluations were no better than the best.")
+
+
+def _tell(history: History) -> str:
+    epoch, loss, tau = history.epochs[-1], history.losses[-1], history.scores[-1]
+    return f"epoch {epoch:.3g}: loss {loss:.4f}, held-out tau at {_SCORED_NODES} nodes {tau:.3f}"
 
 
 @contextlib.contextmanager
@@ -237,9 +284,9 @@ def _write(
         **asdict(distiller.recipe),
         "positions": distiller.num_positions,
         "all_positions": options.all_positions,
-        "trunk_dtype": options.dtype if options.quantization == "none" else options.quantization,
+        "trunk_dtype": _trunk_dtype(options),
         "validation_fraction": options.validation_fraction,
-        "best_epoch": 1 + int(np.argmax(distiller.history.scores)),
+        "best_epoch": round(distiller.history.epochs[distiller.history.best], 3),
         "held_out_own_share": round(own, 4),
         "losses": [round(loss, 4) for loss in distiller.history.losses],
         "held_out_tau_8_nodes": [round(score, 4) for score in distiller.history.scores],
@@ -253,6 +300,38 @@ def _write(
         facts, card = facts | {"joint": joint.facts}, card + joint.card()
         joint.save(options.output, card)
     design.save(folder, heads, base_model=name, vocab_size=vocab_size, card=card, facts=facts)
+
+
+def _report(
+    options: argparse.Namespace,
+    model: Path,
+    folder: Path,
+    heads: AnyHeads,
+    cache: TrunkCache,
+    examples: Sequence[Example],
+    judged: Sequence[int],
+    own: float,
+    measure: Measure | None,
+    console: Console,
+) -> None:
+    """The report on these heads, beside them."""
+    texts: dict[str, list[Text]] = defaultdict(list)
+    for i in judged:
+        texts[examples[i].category] += _rank(heads, cache, [i])
+    every = [text for part in texts.values() for text in part]
+    trial = Trial(model, [folder], options.device, prompts(examples, judged), REQUESTS, SIZES)
+    (times,) = time_steps(measure, trial, console)
+    positions = sum(len(text.ranks) for text in every)
+    setting = Setting(
+        options.name or options.model, _trunk_dtype(options), str(this_machine()), len(every), positions, own
+    )
+    name, what = options.output.resolve().name, DESIGNS[options.design].describe(heads)
+    found = judge(name, what, count_parameters(heads), texts, heads.accuracies or (), times)
+    write_report(folder, Report(setting, [found]))
+
+
+def _trunk_dtype(options: argparse.Namespace) -> str:
+    return str(options.dtype if options.quantization == "none" else options.quantization)
 
 
 def _command(options: argparse.Namespace) -> str:

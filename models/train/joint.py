@@ -142,7 +142,7 @@ class JointTrainer:
 
     def _backward(self, batch: _Batch) -> Tensor:
         teacher = self._teacher(batch)
-        hidden, logits = forward_with_hidden(self.model, batch.tokens)
+        hidden, logits = forward_with_hidden(self.model, batch.tokens, self.heads.inner_layers)
         seen = hidden.detach().float().requires_grad_()
         head_losses = [self._head_backward(head, seen, batch, teacher) for head in range(self.heads.num_heads)]
         loss = _divergence(teacher, logits, batch)
@@ -152,7 +152,7 @@ class JointTrainer:
 
     def _losses(self, batch: _Batch) -> Tensor:
         teacher = self._teacher(batch)
-        hidden, logits = forward_with_hidden(self.model, batch.tokens)
+        hidden, logits = forward_with_hidden(self.model, batch.tokens, self.heads.inner_layers)
         heads = [self._head_loss(head, hidden.float(), batch, teacher)[0] for head in range(self.heads.num_heads)]
         return torch.stack([_divergence(teacher, logits, batch), *heads])
 

@@ -82,7 +82,7 @@ class SequentialDistiller(Distiller[SequentialHeads]):
     def _step(self, batch: NDArray[np.int64]) -> float:
         self._set_learning_rate()
         texts = gather(self._cache, batch, self.heads.device)
-        with torch.autocast(self.heads.device.type, torch.bfloat16, enabled=self.heads.lm_head.dtype == torch.bfloat16):
+        with self._autocast():
             states = unroll(self.heads, texts.tokens, texts.states, self.heads.num_heads)
         total, gradients = 0.0, []
         for depth, state in enumerate(states):

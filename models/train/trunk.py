@@ -1,7 +1,8 @@
 """The frozen trunk's answers, computed once and kept on disk: what the heads see and what they should say.
 
-For each token position: the hidden state that enters the output embedding, and the model's own next-token distribution
-there, as its `TEACHER_RANKS` likeliest tokens with their probabilities (of the whole vocabulary, not renormalised).
+For each token position: the hidden state that enters the output embedding (behind those of inner layers, if heads want
+to see them), and the model's own next-token distribution there, as its `TEACHER_RANKS` likeliest tokens with their
+probabilities (of the whole vocabulary, not renormalised).
 
 Invariants: a cache folder belongs to one (model, text, dtype), named by its digest; a build that was interrupted goes
 on where it stopped.
@@ -28,6 +29,7 @@ from transformers.utils import logging
 from models.backbone import Backbone
 from models.batch import Segment, build_batch
 from models.errors import UsageError
+from models.inner import InnerStates, normed
 from models.kv_pool import KVPool
 from models.quantize import Quantization
 from models.train.data import Example
@@ -47,7 +49,7 @@ class TrunkCache:
     tokens: NDArray[np.int64]  # [positions]
     counts: NDArray[np.bool_]  # [positions] this token is one to guess
     starts: NDArray[np.int64]  # [examples + 1]
-    hidden: NDArray[np.float16]  # [positions, hidden]
+    hidden: NDArray[np.float16]  # [positions, (inner layers + 1) * hidden], inner states normed: float16 ends at 65504
     teacher_ids: NDArray[np.int32]  # [positions, ranks] likeliest next tokens, best first
     teacher_probs: NDArray[np.float16]  # [positions, ranks]
 
@@ -72,7 +74,7 @@ class ServedTrunk:
         self._pool = KVPool(shapes, max_length, dtype=dtype, device="cpu")
 
     def run(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """States that enter the output embedding and logits: [n, hidden], [n, vocab]."""
+        """States as `Backbone.forward` keeps them and logits: [n, hidden], [n, vocab]."""
         rows = torch.arange(len(tokens))
         alone = Segment(len(tokens), torch.empty(0, dtype=torch.int64), len(tokens), ())
         batch = build_batch([alone], rows, rows + 1, "cpu")
@@ -146,56 +148,81 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 @torch.inference_mode()
 def build_cache(
-    model: Any, examples: Sequence[Example], folder: Path, *, progress: Callable[[int, int], None] = lambda *_: None
+    model: Any,
+    examples: Sequence[Example],
+    folder: Path,
+    *,
+    inner_layers: Sequence[int] = (),
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> TrunkCache:
     """Run the trunk over all examples, shortest first, and keep the results under `folder`.
 
-    `progress(done, total)` is called with position counts. float16 holds post-norm states to 3 digits.
+    `inner_layers` are kept besides the last state. `progress(done, total)` is called with position counts. float16
+    holds post-norm states to 3 digits.
     """
-    folder = folder / _digest(model, examples)
+    folder = folder / _digest(model, examples, inner_layers)
     folder.mkdir(parents=True, exist_ok=True)
-    cache = _open(folder, examples, *_lm_head(model).shape)
+    vocab_size, hidden_size = _lm_head(model).shape
+    cache = _open(folder, examples, vocab_size, hidden_size * (len(inner_layers) + 1))
     done_file = folder / "batches_done"
     done = int(done_file.read_text()) if done_file.exists() else 0
     batches = _batches(examples)
     total, finished = len(cache.tokens), 0
     for number, batch in enumerate(batches):
         if number >= done:
-            _run_batch(model, [examples[i].tokens for i in batch], [int(cache.starts[i]) for i in batch], cache)
+            starts = [int(cache.starts[i]) for i in batch]
+            _run_batch(model, [examples[i].tokens for i in batch], starts, cache, tuple(inner_layers))
             done_file.write_text(str(number + 1))
         finished += sum(len(examples[i].tokens) for i in batch)
         progress(finished, total)
     return cache
 
 
-def _run_batch(model: Any, sequences: Sequence[Sequence[int]], starts: Sequence[int], cache: TrunkCache) -> None:
+def _run_batch(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    cache: TrunkCache,
+    inner_layers: tuple[int, ...],
+) -> None:
     if isinstance(model, ServedTrunk):
+        model.backbone.show(inner_layers)
         for sequence, start in zip(sequences, starts, strict=True):
-            cache.put(start, *model.run(sequence))
+            hidden, logits = model.run(sequence)
+            cache.put(start, normed(hidden, len(inner_layers)), logits)
         return
     width = max(map(len, sequences))
     padded = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=model.device)  # [batch, width]
-    hidden, logits = forward_with_hidden(model, padded)
+    hidden, logits = forward_with_hidden(model, padded, inner_layers)
+    hidden = normed(hidden, len(inner_layers))
     for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
         cache.put(start, hidden[row, : len(sequence)], logits[row, : len(sequence)].float())
 
 
-def forward_with_hidden(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def forward_with_hidden(model: Any, tokens: Tensor, inner_layers: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
     """States that enter the output embedding, and logits: [batch, width, hidden], [batch, width, vocab].
 
-    Padding on the right needs no mask: a causal model never looks there.
+    With inner layers, their outputs stand before: [batch, width, (inner layers + 1) * hidden]. Padding on the right
+    needs no mask: a causal model never looks there.
     """
     seen: list[Tensor] = []
 
     def remember(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         seen.append(arguments[0])
 
+    inner = InnerStates(model, num_layers(model), inner_layers)
     handle = model.get_output_embeddings().register_forward_pre_hook(remember)
     try:
         logits = model(tokens, use_cache=False).logits
     finally:
         handle.remove()
-    return seen[0], logits
+        inner.close()
+    return inner.beside(seen[0]), logits
+
+
+def num_layers(model: Any) -> int:
+    """Decoder layers, as the model's configuration says."""
+    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
 def _batches(examples: Sequence[Example]) -> list[list[int]]:
@@ -217,8 +244,8 @@ def _lm_head(model: Any) -> Tensor:
     return head
 
 
-def _digest(model: Any, examples: Sequence[Example]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
+def _digest(model: Any, examples: Sequence[Example], inner_layers: Sequence[int]) -> str:
+    digest = hashlib.blake2b(repr(tuple(inner_layers)).encode() if inner_layers else b"", digest_size=8)
     served = model.backbone if isinstance(model, ServedTrunk) else None
     kind, config = (served.quantization, served.config) if served else (model.dtype, model.config)
     digest.update(repr((sorted(config.to_dict().items(), key=str), str(kind))).encode())
@@ -228,7 +255,7 @@ def _digest(model: Any, examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _open(folder: Path, examples: Sequence[Example], vocab_size: int, hidden_size: int) -> TrunkCache:
+def _open(folder: Path, examples: Sequence[Example], vocab_size: int, hidden_width: int) -> TrunkCache:
     starts = np.cumsum([0, *(len(example.tokens) for example in examples)], dtype=np.int64)
     total, ranks = int(starts[-1]), min(TEACHER_RANKS, vocab_size)
 
@@ -243,7 +270,7 @@ def _open(folder: Path, examples: Sequence[Example], vocab_size: int, hidden_siz
         tokens=np.fromiter(itertools.chain.from_iterable(e.tokens for e in examples), np.int64, total),
         counts=np.fromiter(itertools.chain.from_iterable(e.counts for e in examples), np.bool_, total),
         starts=starts,
-        hidden=array("hidden", np.float16, hidden_size),
+        hidden=array("hidden", np.float16, hidden_width),
         teacher_ids=array("teacher_ids", np.int32, ranks),
         teacher_probs=array("teacher_probs", np.float16, ranks),
     )

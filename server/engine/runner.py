@@ -57,6 +57,7 @@ class Runner:
         """Take a loaded model and make its pool. Raises `StartupError` if the limits cannot be met."""
         self.backbone = backbone
         self._forward_seconds = 0.0  # since they were last asked for
+        backbone.show(heads.inner_layers if isinstance(heads, ResBlockHeads | PackedHeads) else ())
         dtype, self.device = backbone.lm_head_weight.dtype, backbone.lm_head_weight.device
         layers = [*backbone.kv_shapes, *([heads.shape.kv] if isinstance(heads, SequentialHeads) else [])]
         kv_cache_tokens, max_model_len = _limits(config, backbone, layers)
@@ -98,9 +99,9 @@ class Runner:
             quantize(backbone, config.quantization)
             built = None if build is None else build(backbone)
             heads = PackedHeads(built) if backbone.is_packed and isinstance(built, ResBlockHeads) else built
+            runner = cls(backbone, heads or own_heads(backbone), config)
         except (BackboneError, CheckpointError) as error:
             raise StartupError(str(error)) from error
-        runner = cls(backbone, heads or own_heads(backbone), config)
         runner.grammars.prepare()
         return runner
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import httpx
 
+from models.train.machine import this_machine
 from tests.bench import report
 from tests.bench.client import BenchError, Prompt
 from tests.bench.command import add_options, collect, end_orderly, output, write
 from tests.bench.launch import Program, ours
-from tests.bench.machine import this_machine
 from tests.bench.measure import Round
 from tests.bench.peers import Field, start
 from tests.bench.workload import Plan, read_prompts

@@ -21,9 +21,9 @@ from rich.box import MARKDOWN
 from rich.table import Table
 
 from models.kernels.build import KernelError
+from models.train.machine import Machine, this_machine
 from tests.bench.command import integers, output, write
 from tests.bench.kernel_runs import Run, Sizes, attention_runs, linear_runs, memory_reads
-from tests.bench.machine import Machine, this_machine
 
 ROWS = (1, 2, 4, 5, 8, 9, 16, 32, 64, 512)
 CONTEXTS = (200, 1000)

@@ -26,12 +26,12 @@ from rich.box import MARKDOWN
 from rich.table import Table
 
 from models.source import DEFAULT_MODEL, ModelSourceError, resolve
+from models.train.machine import this_machine
 from server.engine.controller import bucket, bucket_name
 from tests.bench import jump, report
 from tests.bench.client import BenchError, Side
 from tests.bench.command import add_options, collect, end_orderly, output, progress, write
 from tests.bench.launch import Program, ours, serving
-from tests.bench.machine import this_machine
 from tests.bench.measure import Round, measure
 from tests.bench.random_heads import write_random_heads
 from tests.bench.report import Ratio, Summary

@@ -19,11 +19,11 @@ import httpx
 from transformers.utils.import_utils import is_serve_available
 
 from models.source import DEFAULT_MODEL, ModelSourceError, packaged_gguf, resolve
+from models.train.machine import this_machine
 from tests.bench import llama, report
 from tests.bench.client import BenchError, Side, served_model
 from tests.bench.command import add_options, collect, end_orderly, output, progress, write
 from tests.bench.launch import Program, Server, ours, serving
-from tests.bench.machine import this_machine
 from tests.bench.measure import Round, measure
 from tests.bench.workload import FreshPlan, Plan, PrefillPlan, read_prompts
 

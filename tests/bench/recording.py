@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from models.train.machine import this_machine
 from server.engine.controller import Controller, Drafting
 from server.engine.core import Engine
 from server.engine.cost import Load
@@ -20,7 +21,6 @@ from server.engine.request import Draft
 from server.engine.runner import Runner
 from server.engine.warmup import warm_up
 from tests.bench.client import BenchError, Prompt
-from tests.bench.machine import this_machine
 from tests.bench.traces import Step, Trace, Traces, right_path
 
 AT_A_TIME = 4  # requests; in a crowd the engine would offer smaller trees

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import httpx
 
+from models.train.machine import this_machine
 from tests.bench import report
 from tests.bench.client import BenchError, Side, served_model
 from tests.bench.command import add_options, collect, end_orderly, output, write
 from tests.bench.launch import ours, serving
-from tests.bench.machine import this_machine
 from tests.bench.measure import Round, measure
 from tests.bench.workload import Plan, read_prompts
 

@@ -186,8 +186,8 @@ class Engine:
         logits, hidden = self.backbone.forward(tokens, batch, self.pool, torch.arange(len(paths)))
         assert logits.shape == (len(paths), self.backbone.vocab_size)
         assert logits.dtype == torch.float32
-        extra = getattr(self.backbone.config, "num_extra_heads", 0)
-        assert hidden.shape == (len(paths), max(extra, 1) * self.backbone.hidden_size)
+        states = max(getattr(self.backbone.config, "num_extra_heads", 0), 1) + len(self.backbone.inner_layers)
+        assert hidden.shape == (len(paths), states * self.backbone.hidden_size)
         self.hidden |= zip(paths, hidden, strict=True)
         for (request, *_), its_paths, its_slots in zip(work, own, own_slots, strict=True):
             self.free += request.commit(its_paths[-1], dict(zip(its_paths, its_slots, strict=True)), its_slots)

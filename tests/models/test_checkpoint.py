@@ -174,6 +174,37 @@ def test_own_format_comes_back_as_it_was_saved(tmp_path: Path, lm_head: Tensor) 
     assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS_NAME).values()} == {torch.float16, torch.int32}
 
 
+def test_heads_that_see_inner_layers_come_back_as_they_were_saved(tmp_path: Path, lm_head: Tensor) -> None:
+    saved = ResBlockHeads(lm_head, num_heads=2, inner_layers=(1, 0))
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter.copy_(rand(*parameter.shape).half().float())
+    save_heads(tmp_path, saved, base_model="base", vocab_size=VOCAB, card="")
+    heads = load_heads(tmp_path, lm_head)
+    assert heads.inner_layers == (1, 0)
+    hidden = rand(4, 3 * HIDDEN)
+    torch.testing.assert_close(heads(hidden), saved(hidden))
+
+    for layers in ([1], [], [1, 0, 2]):
+        write_config(tmp_path, inner_layers=layers)
+        with pytest.raises(CheckpointError, match=rf"does not fit the {len(layers)} inner_layers"):
+            load_heads(tmp_path, lm_head)
+    save_file({"0.0.linear.weight": rand(HIDDEN, HIDDEN)}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(CheckpointError, match=r"fusion\.weight .* is missing"):
+        load_heads(tmp_path, lm_head)
+    write_config(tmp_path, inner_layers="all")
+    with pytest.raises(CheckpointError, match="no list of layers"):
+        load_heads(tmp_path, lm_head)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_config_that_is_no_object_is_refused(tmp_path: Path, lm_head: Tensor, blocks: Blocks, content: str) -> None:
+    save_file(medusa_names(blocks), tmp_path / WEIGHTS_NAME)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        load_heads(tmp_path, lm_head)
+
+
 def test_whole_vocabulary_is_saved_without_a_map(tmp_path: Path, lm_head: Tensor) -> None:
     save_heads(tmp_path, ResBlockHeads(lm_head, num_heads=1), base_model="b", vocab_size=VOCAB, card="")
     assert read_heads(tmp_path).token_map is None

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.checkpoint import PICKLE_NAME, WEIGHTS_NAME, load_heads, read_heads, save_heads
+from models.checkpoint import PICKLE_NAME, WEIGHTS_NAME, HeadTensors, load_heads, read_heads, save_heads
 from models.drafters.medusa import DraftRow, propose
 from models.drafters.resblock import ResBlockHeads
 from models.export import FORMATS, ExportError, Source, check_expressible, export, main, remarks
@@ -161,3 +161,9 @@ def test_errors_are_sentences(
     save_file({"0.0.linear.weight": torch.zeros(4, 4)}, tmp_path / "small.safetensors")
     assert main([str(tmp_path / "small.safetensors"), *flags]) == 2
     assert "hidden size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["fasterdecoding", "tgi", "vllm"])
+def test_heads_that_see_inner_layers_have_no_place_elsewhere(format: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="--features last"):
+        check_expressible(HeadTensors(tmp_path, fusion=torch.zeros(2, 6)), format)

@@ -258,7 +258,7 @@ def test_the_training_commands_get_the_remaining_flags(
 ) -> None:
     heard: list[list[str]] = []
     room = importlib.import_module(f"models.train.{module}")
-    monkeypatch.setattr(room, "main", lambda argv: heard.append(argv) or 7)
+    monkeypatch.setattr(room, "main", lambda argv, *_: heard.append(argv) or 7)
     assert main([*command.split(), "--epochs", "1"]) == 7
     assert heard == [["--epochs", "1"]]
 

@@ -29,16 +29,23 @@ def make(kind: str, num_layers: int = 1) -> ResBlockHeads:
     if kind == "truncated":
         ids = torch.arange(1, VOCAB, 3)
         return random_heads(4, num_layers, lm_head[ids], token_ids=ids, accuracies=((0.5, 0.1),) * 4)
+    if kind == "inner":
+        return random_heads(3, num_layers, lm_head, inner_layers=(0, 2))
     return random_heads(1 if kind == "single" else 4, num_layers, lm_head)
 
 
-KINDS = ["shared", "own", "truncated", "single"]
+def hidden_of(heads: ResBlockHeads, rows: int) -> Tensor:
+    return torch.randn(rows, (len(heads.inner_layers) + 1) * heads.hidden_size)
+
+
+KINDS = ["shared", "own", "truncated", "single", "inner"]
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_answer_as_the_heads_do(kind: str, num_layers: int) -> None:
-    heads, hidden = make(kind, num_layers), torch.randn(11, HIDDEN)
+    heads = make(kind, num_layers)
+    hidden = hidden_of(heads, 11)
     with torch.no_grad():
         expected, found = heads(hidden), PackedHeads(heads)(hidden)
     assert found.shape == expected.shape
@@ -58,7 +65,8 @@ def test_they_know_what_the_heads_know() -> None:
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_is_bitwise_the_same_whatever_is_beside_it(kind: str, num_layers: int) -> None:
-    packed, hidden = PackedHeads(make(kind, num_layers)), torch.randn(40, HIDDEN)
+    heads = make(kind, num_layers)
+    packed, hidden = PackedHeads(heads), hidden_of(heads, 40)
     alone = torch.cat([packed(row[None]) for row in hidden])
     for count in (1, 2, 3, 5, 8, 13, 40):
         rows = torch.randperm(40)[:count]
@@ -67,8 +75,8 @@ def test_a_row_is_bitwise_the_same_whatever_is_beside_it(kind: str, num_layers: 
 
 @pytest.mark.parametrize("hidden_size", [24, 40, 100])
 def test_rows_are_independent_at_odd_sizes(hidden_size: int) -> None:
-    heads = random_heads(3, 2, torch.randn(50, hidden_size))
-    packed, hidden = PackedHeads(heads), torch.randn(9, hidden_size)
+    heads = random_heads(3, 2, torch.randn(50, hidden_size), inner_layers=(1,))
+    packed, hidden = PackedHeads(heads), hidden_of(heads, 9)
     alone = torch.cat([packed(row[None]) for row in hidden])
     for count in range(1, 10):
         assert torch.equal(packed(hidden[:count]), alone[:count])

@@ -81,3 +81,27 @@ def test_default_accuracies_are_probabilities_of_falling_ranks() -> None:
         assert list(row) == sorted(row, reverse=True)
         assert 0 < sum(row) < 1
     assert [row[0] for row in DEFAULT_ACCURACIES] == sorted((row[0] for row in DEFAULT_ACCURACIES), reverse=True)
+
+
+def with_inner(num_layers: int = 1) -> ResBlockHeads:
+    return ResBlockHeads(torch.randn(VOCAB, HIDDEN), num_heads=3, num_layers=num_layers, inner_layers=(1, 4))
+
+
+def test_untrained_heads_with_inner_layers_say_what_the_model_says() -> None:
+    torch.manual_seed(3)
+    heads, hidden = with_inner(), 50 * torch.randn(5, 3 * HIDDEN)
+    expected = hidden[:, -HIDDEN:] @ heads.lm_head.T
+    torch.testing.assert_close(heads(hidden), expected[:, None].expand(-1, 3, -1))
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_inner_layers_enter_by_the_fusion(num_layers: int) -> None:
+    torch.manual_seed(4)
+    heads, hidden = randomised(with_inner(num_layers)), torch.randn(5, 3, HIDDEN)
+    assert heads.fusion is not None
+    low, middle, last = hidden.unbind(1)
+    low, middle = (x / x.square().mean(1, keepdim=True).sqrt() for x in (7 * low, middle))
+    fused = torch.cat([low, middle, last], dim=1) @ heads.fusion.T
+    for head in range(3):
+        expected = by_formula(heads, fused, head, heads.lm_head)
+        torch.testing.assert_close(heads(hidden.flatten(1))[:, head], expected, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from models.drafters.resblock import ResBlockHeads
-from models.train.distill import Recipe, ResBlockDistiller, ResumeError, draft_vocabulary, soft_cross_entropy, teachable
+from models.train import distill
+from models.train.distill import (
+    Recipe,
+    ResBlockDistiller,
+    ResumeError,
+    computes_in_bfloat16,
+    draft_vocabulary,
+    soft_cross_entropy,
+    teachable,
+)
 from models.train.trunk import TrunkCache
 
 HIDDEN, VOCAB, RANKS, HEADS = 16, 40, 8, 3
@@ -124,14 +133,56 @@ def test_the_best_epoch_is_kept(distiller: Callable[..., ResBlockDistiller]) -> 
     assert not torch.equal(seen[1], seen[3])
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    distiller: Callable[..., ResBlockDistiller], tmp_path: Path, stop_after: int
+def test_training_ends_when_patience_is_lost(distiller: Callable[..., ResBlockDistiller]) -> None:
+    trained = distiller(epochs=9, patience=2)
+    scores = iter([1.0, 3.0, 2.0, 4.0, 4.0, 3.5, 9.0])
+    trained.run(lambda: next(scores))
+    assert trained.history.scores == [1.0, 3.0, 2.0, 4.0, 4.0, 3.5]
+    assert trained.history.best == 3
+    assert trained.has_lost_patience
+    assert trained.finished
+
+
+def test_evaluations_are_spread_over_the_epoch(distiller: Callable[..., ResBlockDistiller]) -> None:
+    trained, once = distiller(epochs=2, evaluations=2), distiller(epochs=2)
+    assert trained.batches_per_epoch == 4
+    trained.run(lambda: 0.0)
+    once.run(lambda: 0.0)
+    np.testing.assert_allclose(trained.history.epochs, [0.5, 1, 1.5, 2])
+    assert once.history.epochs == [1, 2]
+    assert np.mean(trained.history.losses[:2]) == pytest.approx(once.history.losses[0])
+    many = distiller(epochs=1, evaluations=100)
+    many.run(lambda: 0.0)
+    assert len(many.history.scores) == many.batches_per_epoch
+
+
+def test_a_gpu_computes_in_bfloat16() -> None:
+    assert computes_in_bfloat16(torch.device("cuda:1"), torch.float32)
+    assert computes_in_bfloat16(torch.device("cpu"), torch.bfloat16)
+    assert not computes_in_bfloat16(torch.device("cpu"), torch.float32)
+
+
+def test_weights_stay_in_float32_when_products_are_in_bfloat16(
+    distiller: Callable[..., ResBlockDistiller], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = distiller()
+    exact, rough = distiller(epochs=2), distiller(epochs=2)
+    exact.run(lambda: 0.0)
+    monkeypatch.setattr(distill, "computes_in_bfloat16", lambda *_: True)
+    rough.run(lambda: 0.0)
+    assert rough.heads.weight.dtype == torch.float32
+    assert rough.history.losses != exact.history.losses
+    assert rough.history.losses == pytest.approx(exact.history.losses, rel=0.01)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
+@pytest.mark.parametrize("recipe", [{}, {"evaluations": 4, "patience": 7}])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    distiller: Callable[..., ResBlockDistiller], tmp_path: Path, stop_after: int, recipe: dict[str, float]
+) -> None:
+    whole = distiller(**recipe)
     whole.run(lambda: float(whole.heads.weight.detach().sum()))
 
-    first, second = distiller(), distiller()
+    first, second = distiller(**recipe), distiller(**recipe)
     calls = iter(range(1000))
 
     def stop() -> None:

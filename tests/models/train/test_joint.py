@@ -37,11 +37,13 @@ def examples(count: int = 12) -> list[Example]:
     return rows
 
 
-def trainer(recipe: JointRecipe = RECIPE, rows: list[Example] | None = None) -> JointTrainer:
+def trainer(
+    recipe: JointRecipe = RECIPE, rows: list[Example] | None = None, inner_layers: tuple[int, ...] = ()
+) -> JointTrainer:
     model = small_llama().requires_grad_(False)
     torch.manual_seed(5)
     kept = torch.arange(0, 64, 2)  # the draft vocabulary: every other token
-    heads = ResBlockHeads(model.lm_head.weight[kept], num_heads=3, token_ids=kept)
+    heads = ResBlockHeads(model.lm_head.weight[kept], num_heads=3, token_ids=kept, inner_layers=inner_layers)
     for parameter in heads.parameters():
         parameter.data.normal_(0, 0.05)
     return JointTrainer(model, heads, examples() if rows is None else rows, recipe)
@@ -56,7 +58,7 @@ def scramble(joint: JointTrainer) -> None:
 def plain_losses(joint: JointTrainer, original: LlamaForCausalLM, example: Example) -> Tensor:
     """[1 + heads] of one example, in one graph, position by position."""
     tokens = torch.tensor([example.tokens])
-    hidden, logits = forward_with_hidden(joint.model, tokens)
+    hidden, logits = forward_with_hidden(joint.model, tokens, joint.heads.inner_layers)
     with torch.no_grad():
         teacher = original(tokens).logits[0].softmax(-1)
     teachable = [t for t in range(len(example.tokens) - 1) if example.counts[t + 1]]
@@ -73,9 +75,10 @@ def plain_losses(joint: JointTrainer, original: LlamaForCausalLM, example: Examp
     return torch.stack(losses)
 
 
-def test_losses_and_gradients_are_those_of_the_papers_sum() -> None:
+@pytest.mark.parametrize("inner_layers", [(), (0,)])
+def test_losses_and_gradients_are_those_of_the_papers_sum(inner_layers: tuple[int, ...]) -> None:
     rows = examples()[:1]
-    ours, other = (trainer(replace(RECIPE, dropout=0.0), rows) for _ in range(2))
+    ours, other = (trainer(replace(RECIPE, dropout=0.0), rows, inner_layers) for _ in range(2))
     for joint in (ours, other):
         scramble(joint)
     losses = ours._backward(ours._batch(rows))
@@ -203,6 +206,7 @@ def test_the_command_writes_a_model_and_heads_that_load_and_draft(
     losses = [losses for _, losses in config["training"]["joint"]["held_out_losses"]]
     assert sum(losses[-1][1:]) < sum(losses[0][1:])
     assert f"{losses[-1][0]:.4f} nats" in (out / "README.md").read_text()
+    assert (out / "heads" / "report.md").is_file()
     assert "--joint --joint-epochs 2 --joint-rows 256" in (out / "heads" / "README.md").read_text()
 
 

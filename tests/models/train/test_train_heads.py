@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 from models.checkpoint import WEIGHTS_NAME, load_heads
+from models.errors import UsageError
 from models.train import evaluate, heads
 from models.train.acceptance import measure_accuracies, tau_by_nodes
 from models.train.data import Example, encode_rows, read_rows
 from models.train.distill import ResBlockDistiller
 from models.train.sequential import SequentialDistiller
+from models.train.step_times import StepTime, StepTimes, Trial
 from models.train.trunk import load_trunk
+from tests.small_models import small_llama
 
 SEQUENTIAL = ["--design", "sequential", "--batch-size", "256"]
 
@@ -31,6 +35,15 @@ def command(tiny_model: Path, own_text: Path, tmp_path: Path) -> list[str]:
         *("--num-heads", "3", "--draft-vocab", "40", "--epochs", "3", "--batch-size", "64", "--lr", "0.01"),
         *("--validation-fraction", "0.3", "--design", "resblock"),
     ]
+
+
+@pytest.fixture(scope="session")
+def deep_model(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of four layers, the least that have a low and a middle one before the last."""
+    folder = tmp_path_factory.mktemp("deep")
+    small_llama(num_hidden_layers=4, max_position_embeddings=2048).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +66,8 @@ def test_training_writes_heads_that_load_and_guess(
     command: list[str], tiny_model: Path, own_text: Path, tmp_path: Path
 ) -> None:
     assert heads.main([*command, "--name", "org/tiny model"]) == 0
-    assert {file.name for file in (tmp_path / "heads").iterdir()} == {"README.md", "config.json", WEIGHTS_NAME}
+    written = {file.name for file in (tmp_path / "heads").iterdir()}
+    assert written == {"README.md", "config.json", WEIGHTS_NAME, "report.md", "report.json", "report.svg"}
     assert {file.name for file in (tmp_path / "heads.work").iterdir()} == {"state.pt", "trunk"}
     config = json.loads((tmp_path / "heads" / "config.json").read_text())
     assert (config["medusa_num_heads"], config["hidden_size"], config["draft_vocab_size"]) == (3, 32, 40)
@@ -64,11 +78,27 @@ def test_training_writes_heads_that_load_and_guess(
     model, tokenizer = load_trunk(tiny_model, torch.float32, "cpu")
     trained = load_heads(tmp_path / "heads", model.get_output_embeddings())
     examples = encode_rows(read_rows([own_text]), tokenizer, validation_fraction=0.3)
-    ranked = [evaluate.rank_example(model, trained, examples[i]) for i in evaluate.held_out(examples)]
-    texts = [text for found, _ in ranked for text in found]
+    ranked = [evaluate.rank_example(model, [trained], examples[i]) for i in evaluate.held_out(examples)]
+    texts = [text for (found,), _ in ranked for text in found]
     assert all(agreed.all() for _, agreed in ranked)
     np.testing.assert_allclose(measure_accuracies(texts), trained.accuracies, atol=0.03)
+    (reported,) = json.loads((tmp_path / "heads" / "report.json").read_text())["designs"]
+    assert reported["name"] == "heads"
+    assert [depth["1"] for depth in reported["top"]] == [shares[0] for shares in trained.accuracies or ()]
     assert tau_by_nodes(texts, trained.accuracies or ())[3].measured > 1.3
+
+
+def test_training_ends_early_and_says_so(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([2.0, 3.0, 2.5, 2.0])
+    monkeypatch.setattr(heads, "_score", lambda _texts: next(scores))
+    assert heads.main([*command, "--epochs", "5", "--evaluations", "2", "--patience", "2"]) == 0
+    assert "Ended early: the last 2 evaluations" in " ".join(capsys.readouterr().out.split())
+    training = json.loads((tmp_path / "heads" / "config.json").read_text())["training"]
+    assert training["held_out_tau_8_nodes"] == [2.0, 3.0, 2.5, 2.0]
+    assert training["best_epoch"] == 1
+    assert "--evaluations 2 --patience 2" in (tmp_path / "heads" / "README.md").read_text()
 
 
 def test_stopped_and_resumed_equals_uninterrupted(
@@ -96,16 +126,50 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert next(steps) < 13 + 30
 
 
-def test_evaluate_prints_both_taus(
+def test_evaluate_reports_on_several_designs_and_times_them(
     command: list[str], own_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert heads.main(command) == 0
-    arguments = [command[0], "--heads", str(tmp_path / "heads"), "--data", str(own_text), "--device", "cpu"]
-    assert evaluate.main([*arguments, "--validation-fraction", "0.3"]) == 0
+    other = [*command, *SEQUENTIAL, "--epochs", "1", "--output", str(tmp_path / "other")]
+    assert heads.main(other) == 0
+    trials: list[Trial] = []
+
+    def measure(trial: Trial) -> list[StepTimes]:
+        trials.append(trial)
+        sizes = [(requests, nodes) for requests in trial.requests for nodes in trial.nodes]
+        return [{size: StepTime(1.0 + size[1], float(i * size[1]), 0.0) for size in sizes} for i in range(2)]
+
+    folders = [str(tmp_path / "heads"), str(tmp_path / "other")]
+    arguments = [command[0], "--heads", *folders, "--data", str(own_text), "--device", "cpu"]
+    arguments += ["--validation-fraction", "0.3", "--report", str(tmp_path / "report")]
+    capsys.readouterr()
+    assert evaluate.main(arguments, measure) == 0
     printed = capsys.readouterr().out
     assert "100.0%" in printed
-    assert "Tokens per step" in printed
-    assert len([line for line in printed.splitlines() if "│" in line]) >= 3 + 7
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [design["name"] for design in found["designs"]] == ["heads", "other"]
+    assert [choice["nodes"] for choice in found["fastest"]] == [0, 0]  # nodes cost as much as whole steps
+    for folder, design in zip(folders, found["designs"], strict=True):
+        accuracies = json.loads((Path(folder) / "config.json").read_text())["accuracies"]
+        np.testing.assert_allclose([d["1"] for d in design["top"]], [row[0] for row in accuracies], atol=0.03)
+        assert f"{design['taus'][3]['measured']:.3f}" in printed
+    (trial,) = trials
+    assert [str(path) for path in trial.heads] == folders
+    assert all(len(prompt) == 1 for prompt in trial.prompts)
+
+    assert evaluate.main([*arguments, "--heads", folders[0], folders[0]]) == 2
+    assert "twice" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_timed_is_reported_on_nevertheless(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(_trial: Trial) -> list[StepTimes]:
+        raise UsageError("There is no engine.")
+
+    assert heads.main([*command, "--epochs", "1"], measure) == 0
+    assert "Step times were not measured: There is no engine." in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "heads" / "report.json").read_text())["fastest"] == []
 
 
 def test_a_sequential_drafter_is_trained_resumed_and_evaluated(
@@ -142,6 +206,7 @@ def test_a_sequential_drafter_is_trained_resumed_and_evaluated(
     assert evaluate.main([*arguments, "--validation-fraction", "0.3"]) == 0
     printed = capsys.readouterr().out
     assert f"{config['accuracies'][0][0]:.3f}" in printed
+    assert "per second" not in printed  # nobody was there to measure
 
 
 @pytest.mark.parametrize(
@@ -149,6 +214,8 @@ def test_a_sequential_drafter_is_trained_resumed_and_evaluated(
     [
         (["--design", "sequential", "--num-layers", "2"], "has one layer"),
         (["--quantization", "int8", "--device", "meta"], "is for --device cpu"),
+        (["--design", "sequential", "--features", "low,mid,last"], "sees the last state"),
+        (["--features", "low,mid,last"], "A model of 2 layers has no low and middle ones; give --features last"),
     ],
 )
 def test_options_that_make_no_sense_together_are_refused(
@@ -156,6 +223,29 @@ def test_options_that_make_no_sense_together_are_refused(
 ) -> None:
     assert heads.main([*command, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_heads_that_see_inner_layers_are_trained_and_evaluated_beside_others(
+    command: list[str], deep_model: Path, own_text: Path, tmp_path: Path, quantization: str
+) -> None:
+    deep = [str(deep_model), *command[1:], "--epochs", "2", "--quantization", quantization]
+    assert heads.main([*deep, "--features", "low,mid,last", "--num-layers", "2"]) == 0
+    folders = [str(tmp_path / "heads"), str(tmp_path / "last")]
+    assert heads.main([*deep, "--output", folders[1]]) == 0
+    config = json.loads((tmp_path / "heads" / "config.json").read_text())
+    assert (config["inner_layers"], config["medusa_num_layers"]) == ([0, 1], 2)
+    card = (tmp_path / "heads" / "README.md").read_text()
+    assert "--num-layers 2 --features low,mid,last" in card
+    assert "outputs of layers 0, 1, too" in card
+
+    report = [str(deep_model), "--data", str(own_text), "--device", "cpu", "--report", str(tmp_path / "report")]
+    assert evaluate.main([*report, "--heads", *folders, "--validation-fraction", "0.3"]) == 0
+    found = json.loads((tmp_path / "report" / "report.json").read_text())["designs"]
+    for folder, design in zip(folders, found, strict=True):
+        (trained,) = json.loads((Path(folder) / "report.json").read_text())["designs"]
+        for depth, expected in zip(design["top"], trained["top"], strict=True):
+            assert depth["1"] == pytest.approx(expected["1"], abs=0.03)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -51,6 +51,19 @@ def test_cache_holds_what_the_model_says(model: Any, examples: list[Example], tm
         assert np.array_equal(cache.teacher_ids[here][:, 0], probs.argmax(-1))
 
 
+def test_inner_layers_are_kept_before_the_last_state(model: Any, examples: list[Example], tmp_path: Path) -> None:
+    plain = build_cache(model, examples, tmp_path)
+    cache = build_cache(model, examples, tmp_path, inner_layers=(1, 0))
+    assert np.array_equal(cache.hidden[:, 64:], plain.hidden)
+    for i, example in enumerate(examples):
+        here = slice(cache.starts[i], cache.starts[i + 1])
+        with torch.no_grad():
+            inner = model.model(torch.tensor([example.tokens]), output_hidden_states=True).hidden_states
+            first = inner[1][0]
+        expected = first / first.square().mean(-1, keepdim=True).sqrt()
+        np.testing.assert_allclose(cache.hidden[here, 32:64], expected, rtol=2e-3, atol=2e-3)
+
+
 def test_an_interrupted_build_goes_on(
     model: Any, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

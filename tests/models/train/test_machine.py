@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.bench.machine import cpu_model, this_machine
+from models.train.machine import cpu_model, this_machine
 
 
 def test_the_machine_has_a_name(tmp_path) -> None:
