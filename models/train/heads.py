@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from models.drafters.resblock import ResBlockHeads
 from models.inner import low_and_middle
+from models.quantize import Quantization
 from models.source import OWN_HEADS, resolve
 from models.train.acceptance import Text, measure_accuracies, tau_by_nodes
 from models.train.card import model_card
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of trunk and LM head")
     parser.add_argument(
         "--quantization",
-        choices=("int8", "int4", "none"),
+        choices=(*get_args(Quantization), "none"),
         default="none",
         help="learn from the model as served on a CPU",
     )

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -28,8 +27,9 @@ from torch import Tensor
 
 from models.drafters.resblock import ResBlockHeads
 from models.train.data import Example
-from models.train.distill import ResumeError, soft_cross_entropy
+from models.train.distill import soft_cross_entropy
 from models.train.lora import add_lora, merge, switched_off
+from models.train.saved import read_state, write_state
 from models.train.trunk import TEACHER_RANKS, forward_with_hidden
 
 
@@ -181,26 +181,18 @@ class JointTrainer:
     def save(self, path: Path) -> None:
         """All that `load` needs; replaced in one move."""
         state = {
-            "run": self._about,
             "adapters": {name: (adapter.a.data, adapter.b.data) for name, adapter in self._adapters.items()},
             "heads": self.heads.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "step": self.step,
             "losses": self.losses,
         }
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        write_state(path, self._about, state)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
         """Go on where `save` was called. Raises ResumeError if the file is broken or of another run."""
-        try:
-            state: dict[str, Any] = torch.load(path, weights_only=True, map_location=self.model.device)
-            is_ours = state["run"] == self._about
-        except (OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
-            raise ResumeError(f"{path} is no saved state that can be read; start anew without --resume.") from error
-        if not is_ours:
-            raise ResumeError(f"{path} was saved by a run with other settings or data; start anew without --resume.")
+        state = read_state(path, self._about, self.model.device)
         for name, (a, b) in state["adapters"].items():
             self._adapters[name].a.copy_(a)
             self._adapters[name].b.copy_(b)

@@ -18,9 +18,9 @@ from models.drafters.resblock import ResBlockHeads
 from models.source import resolve_heads
 from models.train import heads as command
 from models.train.data import Example
-from models.train.distill import ResumeError
 from models.train.joint import JointRecipe, JointTrainer
 from models.train.lora import LoRALinear
+from models.train.saved import ResumeError
 from models.train.trunk import forward_with_hidden
 from tests.small_models import small_llama
 
