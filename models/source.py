@@ -24,6 +24,7 @@ __all__ = [
     "DEFAULT_HEADS",
     "DEFAULT_MODEL",
     "MTP_MODEL_TYPE",
+    "OWN_HEADS",
     "ModelSourceError",
     "check_heads",
     "has_own_heads",
@@ -34,8 +35,9 @@ __all__ = [
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_HEADS = Path(__file__).parent / "heads" / DEFAULT_MODEL
-CONVERTER_VERSION = "1"  # another when models.gguf writes something else for the same file
+CONVERTER_VERSION = "1"  # another when models.gguf or models.meta writes something else for the same file
 MTP_MODEL_TYPE = "meta_multi_token"  # that of models.mtp
+OWN_HEADS = "heads"  # the folder of heads inside that of a model that was trained with them
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 
@@ -52,7 +54,7 @@ _LM_HEAD = re.compile(r"(?:medusa_heads?\.)?(?:\d+\.\d+|lm_heads\.\d+)\.weight")
 
 
 def resolve(model: str, *, cache_dir: Path | None = None) -> Path:
-    """Folder of `model`: the default model's name, a folder, a GGUF file or a hub id (`org/name`).
+    """Folder of `model`: the default model's name, a folder (Meta's layout, too), a GGUF file or a hub id (`org/name`).
 
     Raises ModelSourceError.
     """
@@ -60,7 +62,7 @@ def resolve(model: str, *, cache_dir: Path | None = None) -> Path:
         return _from_gguf(packaged_gguf(), cache_dir)
     path = _local(model)
     if path.is_dir():
-        return _checked(path, cache_dir)
+        return _from_meta(path, cache_dir) if _is_metas(path) else _checked(path, cache_dir)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelSourceError(f"{path} is a file: give a model's folder, a GGUF file or a hub id.")
@@ -121,12 +123,15 @@ def causal_models() -> frozenset[str] | None:
 
 
 def resolve_heads(heads: str | None, model: str) -> Path | None:
-    """File or folder of the heads to use: those built in for the default model if None, and none for "none".
+    """File or folder of the heads to use; none for "none".
+
+    For None those built in for the default model, or those in a model's own folder (`train heads --joint`).
 
     Raises ModelSourceError.
     """
     if heads is None:
-        return DEFAULT_HEADS if model == DEFAULT_MODEL and DEFAULT_HEADS.is_dir() else None
+        own = DEFAULT_HEADS if model == DEFAULT_MODEL else _local(model) / OWN_HEADS
+        return own if (own / "config.json").is_file() else None
     path = _local(heads)
     if heads != "none" and not path.exists():
         raise ModelSourceError(f"There are no heads at {heads}: check the path, or pass --heads none.")
@@ -236,6 +241,28 @@ def _from_gguf(gguf: Path, cache_dir: Path | None) -> Path:
         )
 
     return _checked(cached(f"{gguf.stem}-{fingerprint(gguf, CONVERTER_VERSION)}", build, cache_dir), cache_dir)
+
+
+def _is_metas(folder: Path) -> bool:
+    """Whether the folder is in Meta's own layout (see `models.meta`)."""
+    return (folder / "params.json").is_file() and not (folder / "config.json").exists()
+
+
+def _from_meta(source: Path, cache_dir: Path | None) -> Path:
+    """The cache's copy follows the weights, the parameters and the tokenizer."""
+
+    def build(target: Path) -> None:
+        doing = f"Converting {source.resolve().name} to safetensors, once"
+        run_python(doing, "-m", "models.meta", str(source.resolve()), str(target))
+
+    places = [source.resolve(), source.resolve().parent]
+    small = [source / "params.json", *(place / f"tokenizer.{kind}" for place in places for kind in ("json", "model"))]
+    weights = sorted(source.glob("consolidated*.pth"))
+    name = digest(
+        *(fingerprint(file, CONVERTER_VERSION) for file in weights),
+        *(file.read_bytes() for file in small if file.is_file()),
+    )
+    return _checked(cached(f"{source.resolve().name}-{name}", build, cache_dir), cache_dir)
 
 
 def _from_hub(repo: str, cache_dir: Path | None) -> Path:

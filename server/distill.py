@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -31,6 +31,7 @@ from models.train.novelty import Novelty, ends_in_loop
 from server.engine.core import Engine
 from server.engine.messages import Delta, EngineConfig, SamplingParams, Submit
 from server.errors import MedusaError
+from server.settings import Quantization
 from server.text.prompt import Tokenizer
 
 MARK = "\ufffc"  # stands for the user's turn in the chat template
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on with the file of an interrupted run")
     parser.add_argument("--device", default="auto", help="as for serve")
     parser.add_argument("--dtype", default="auto", help="as for serve")
-    parser.add_argument("--quantization", choices=("int8", "int4", "none"), help="as for serve")
+    parser.add_argument("--quantization", choices=get_args(Quantization), help="as for serve")
     return parser
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 from models.inner import normed
 
@@ -74,11 +74,21 @@ class ResBlockHeads(nn.Module):
 
     def states(self, hidden: Tensor) -> Tensor:
         """What enters the LM head: [batch, (inner layers + 1) * hidden] -> [heads, batch, hidden]."""
-        fused = hidden if self.fusion is None else normed(hidden, len(self.inner_layers)) @ self.fusion.T
-        x = fused.expand(self.num_heads, -1, -1)
+        x = self._fused(hidden).expand(self.num_heads, -1, -1)
         for weight, bias in zip(self.weight, self.bias, strict=True):
             x = x + silu(torch.baddbmm(bias, x, weight.transpose(1, 2)))
         return x
+
+    def state_of(self, head: int, hidden: Tensor) -> Tensor:
+        """`states` of one head alone: [batch, (inner layers + 1) * hidden] -> [batch, hidden]."""
+        x = self._fused(hidden)
+        for weight, bias in zip(self.weight[:, head], self.bias[:, head, 0], strict=True):
+            x = x + silu(linear(x, weight, bias))
+        return x
+
+    def _fused(self, hidden: Tensor) -> Tensor:
+        """[batch, (inner layers + 1) * hidden] -> [batch, hidden]."""
+        return hidden if self.fusion is None else normed(hidden, len(self.inner_layers)) @ self.fusion.T
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, hidden], as it enters the model's output embedding -> [batch, heads, draft_vocab] logits.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,14 +27,10 @@ from torch import Tensor
 
 from models.drafters.resblock import ResBlockHeads
 from models.drafters.sequential import SequentialHeads
-from models.errors import UsageError
+from models.train.saved import read_state, write_state
 from models.train.trunk import TrunkCache
 
 H = TypeVar("H", ResBlockHeads, SequentialHeads)
-
-
-class ResumeError(UsageError):
-    """A saved state is broken, or belongs to a run with other settings or data."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +223,6 @@ class Distiller(ABC, Generic[H]):
     def save(self, path: Path) -> None:
         """Everything that `load` needs to go on; replaced in one move, so an interruption leaves the old file whole."""
         state = {
-            "run": self._run_digest(),
             "heads": self.heads.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "position": asdict(self.position),
@@ -236,18 +230,11 @@ class Distiller(ABC, Generic[H]):
             "best": self.best,
             "loss_sum": (self._loss_sum, self._num_summed),
         }
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        write_state(path, self._run_digest(), state)
 
     def load(self, path: Path) -> None:
         """Go on where `save` was called. Raises ResumeError if the file is broken or of another run."""
-        try:
-            state: dict[str, Any] = torch.load(path, weights_only=True, map_location=self._device)
-            is_ours = state["run"] == self._run_digest()
-        except (OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
-            raise ResumeError(f"{path} is no saved state that can be read; start anew without --resume.") from error
-        if not is_ours:
-            raise ResumeError(f"{path} was saved by a run with other settings or data; start anew without --resume.")
+        state = read_state(path, self._run_digest(), self._device)
         self.heads.load_state_dict(state["heads"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.position = Position(**state["position"])

@@ -1,5 +1,7 @@
 """`medusa-serve train heads`: from a frozen model and its own text to a folder with heads, accuracies and a model card.
 
+With --joint a second stage follows (`joint`), and the folder is the changed model with its heads in `heads/`.
+
 Invariants:
 - the run can be stopped at any time and continued with --resume, with the same result;
 - what is written is what was best, of all evaluations, on held-out text, which training never saw;
@@ -11,13 +13,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
+import shutil
 import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -25,8 +28,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from models.drafters.resblock import ResBlockHeads
 from models.inner import low_and_middle
-from models.source import resolve
+from models.quantize import Quantization
+from models.source import OWN_HEADS, resolve
 from models.train.acceptance import Text, measure_accuracies, tau_by_nodes
 from models.train.card import model_card
 from models.train.command import positive, run
@@ -35,6 +40,7 @@ from models.train.designs import DESIGNS, AnyHeads, Sizes, count_parameters, ran
 from models.train.distill import Distiller, History, Recipe, draft_vocabulary, teachable
 from models.train.evaluate import VALIDATION_FRACTION, held_out, prompts, time_steps
 from models.train.machine import this_machine
+from models.train.medusa2 import Joint, train_jointly
 from models.train.report import REQUESTS, SIZES, Report, Setting, judge, write_report
 from models.train.step_times import Measure, Trial
 from models.train.trunk import Frozen, TrunkCache, build_cache, check_device, load_frozen
@@ -43,6 +49,7 @@ from models.tree import best_static_choices, expected_tau
 _SCORED_NODES = 8
 FEATURES = ("last", "low,mid,last")
 MAX_LENGTH = 1024  # tokens of one example; longer texts are cut
+_JOINT_SETTINGS = ("joint_epochs", "joint_lr", "joint_rows")
 _SETTINGS = (
     *(
         "name",
@@ -58,7 +65,7 @@ _SETTINGS = (
         "seed",
     ),
     *("evaluations", "patience"),
-    *("validation_fraction", "all_positions", "dtype"),
+    *("validation_fraction", "all_positions", "dtype", "joint", *_JOINT_SETTINGS),
 )
 _SECONDS_BETWEEN_SAVES = 120.0
 
@@ -97,11 +104,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of trunk and LM head")
     parser.add_argument(
         "--quantization",
-        choices=("int8", "int4", "none"),
+        choices=(*get_args(Quantization), "none"),
         default="none",
         help="learn from the model as served on a CPU",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--joint", action="store_true", help="then trunk and heads together (Medusa-2): a new model")
+    parser.add_argument("--joint-epochs", type=positive, help="by default the paper's, as the next two, or near it")
+    parser.add_argument("--joint-lr", type=float, help="of the trunk; the heads' is four times as large")
+    parser.add_argument("--joint-rows", type=positive, help="tokens per step")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     return parser
 
@@ -131,17 +142,33 @@ def train(options: argparse.Namespace, console: Console, measure: Measure | None
     learned = replace(cache, counts=np.ones_like(cache.counts)) if options.all_positions else cache
     distiller = DESIGNS[options.design].distiller(heads, learned, training, _recipe(options))
     _run(distiller, work / "state.pt", lambda: _score(_rank(heads, cache, judged)), options.resume, console)
+    folder, joint = options.output, None
+    if options.joint:
+        assert isinstance(heads, ResBlockHeads)
+        joint = train_jointly(options, heads, examples, work, console)
+        examples = [examples[i] for i in judged]
+        shutil.rmtree(work / "merged", ignore_errors=True)  # it is named by what both trunks have in common
+        with _progress(console) as progress:
+            bar = _bar(progress, "Running the new trunk")
+            inner = heads.inner_layers
+            cache = build_cache(joint.model, examples, work / "merged", inner_layers=inner, progress=bar)
+        folder, judged = options.output / OWN_HEADS, list(range(len(examples)))
     texts = _rank(heads, cache, judged)
     own = _own_share(cache, judged)
-    _write(options, distiller, texts, vocab_size, own=own)
-    console.print(f"Heads written to {options.output}")
-    _report(options, heads, cache, examples, judged, own, measure, console)
+    _write(options, folder, distiller, joint, texts, vocab_size, own=own)
+    console.print(f"{'Model and heads' if joint else 'Heads'} written to {options.output}")
+    model = options.output if joint else resolve(options.model)
+    _report(options, model, folder, heads, cache, examples, judged, own, measure, console)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raise DataError or TrunkError for options that make no sense together or here."""
     if options.design == "sequential" and options.num_layers != 1:
         raise DataError("--num-layers is for --design resblock: a sequential drafter has one layer.")
+    if options.joint and (options.design != "resblock" or options.quantization != "none"):
+        raise DataError("--joint is for --design resblock and --quantization none: Medusa-2 is made of these.")
+    if not options.joint and any(getattr(options, key) is not None for key in _JOINT_SETTINGS):
+        raise DataError("--joint-epochs, --joint-lr and --joint-rows are for --joint: add it, or leave them out.")
     if options.design == "sequential" and options.features != "last":
         raise DataError("--features is for --design resblock: a sequential drafter sees the last state.")
     if options.quantization != "none" and options.device != "cpu":
@@ -244,7 +271,13 @@ def _stop_requests() -> Iterator[list[int]]:
 
 
 def _write(
-    options: argparse.Namespace, distiller: Distiller[Any], texts: Sequence[Text], vocab_size: int, own: float
+    options: argparse.Namespace,
+    folder: Path,
+    distiller: Distiller[Any],
+    joint: Joint | None,
+    texts: Sequence[Text],
+    vocab_size: int,
+    own: float,
 ) -> None:
     heads, design = distiller.heads, DESIGNS[options.design]
     heads.accuracies = measure_accuracies(texts)
@@ -264,11 +297,16 @@ def _write(
     card = model_card(
         name, _command(options), _machine(options.device), design.describe(heads), heads, texts, taus, facts
     )
-    design.save(options.output, heads, base_model=name, vocab_size=vocab_size, card=card, facts=facts)
+    if joint is not None:
+        facts, card = facts | {"joint": joint.facts}, card + joint.card()
+        joint.save(options.output, card)
+    design.save(folder, heads, base_model=name, vocab_size=vocab_size, card=card, facts=facts)
 
 
 def _report(
     options: argparse.Namespace,
+    model: Path,
+    folder: Path,
     heads: AnyHeads,
     cache: TrunkCache,
     examples: Sequence[Example],
@@ -282,7 +320,7 @@ def _report(
     for i in judged:
         texts[examples[i].category] += _rank(heads, cache, [i])
     every = [text for part in texts.values() for text in part]
-    trial = Trial(resolve(options.model), [options.output], options.device, prompts(examples, judged), REQUESTS, SIZES)
+    trial = Trial(model, [folder], options.device, prompts(examples, judged), REQUESTS, SIZES)
     (times,) = time_steps(measure, trial, console)
     positions = sum(len(text.ranks) for text in every)
     setting = Setting(
@@ -290,7 +328,7 @@ def _report(
     )
     name, what = options.output.resolve().name, DESIGNS[options.design].describe(heads)
     found = judge(name, what, count_parameters(heads), texts, heads.accuracies or (), times)
-    write_report(options.output, Report(setting, [found]))
+    write_report(folder, Report(setting, [found]))
 
 
 def _trunk_dtype(options: argparse.Namespace) -> str:

@@ -10,18 +10,35 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from models.train.multi_token import Pretrainer
+from torch import Tensor
 
 _SECONDS_BETWEEN_SAVES = 120.0
 _STEPS_BETWEEN_LOSSES = 10
 
 
+class Trainer(Protocol):
+    """What can be run a step at a time, saved and told of."""
+
+    step: int
+    losses: list[tuple[int, list[float]]]  # (steps done, held-out losses), whenever they were measured
+
+    @property
+    def num_steps(self) -> int: ...
+
+    @property
+    def is_done(self) -> bool: ...
+
+    def advance(self) -> Tensor: ...
+
+    def save(self, path: Path) -> None: ...
+
+
 def finish(
-    trainer: Pretrainer,
+    trainer: Trainer,
     state: Path,
     judge: Callable[[], list[float]],
     every: int,
@@ -36,7 +53,7 @@ def finish(
     saved = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress, stop_requests() as stopping:
-        task = progress.add_task(title, total=trainer.recipe.steps, completed=trainer.step)
+        task = progress.add_task(title, total=trainer.num_steps, completed=trainer.step)
         while not trainer.is_done:
             losses = trainer.advance()
             if trainer.step % _STEPS_BETWEEN_LOSSES == 0:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models.mtp import MTPForCausalLM
-from models.train.distill import ResumeError
+from models.train.saved import read_state, write_state
 
 Batches = Callable[[int], Tensor]  # step -> [batch, context + heads] tokens; ~token where it is not to be learnt
 
@@ -124,6 +123,10 @@ class Pretrainer:
         )
 
     @property
+    def num_steps(self) -> int:
+        return self.recipe.steps
+
+    @property
     def is_done(self) -> bool:
         return self.step >= self.recipe.steps
 
@@ -142,24 +145,16 @@ class Pretrainer:
     def save(self, path: Path) -> None:
         """All that `load` needs; replaced in one move."""
         state = {
-            "run": self._digest(),
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "step": self.step,
             "losses": self.losses,
         }
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        write_state(path, self._digest(), state)
 
     def load(self, path: Path) -> None:
         """Go on where `save` was called. Raises ResumeError if the file is broken or of another run."""
-        try:
-            state: dict[str, Any] = torch.load(path, weights_only=True, map_location=self.model.device)
-            is_ours = state["run"] == self._digest()
-        except (OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
-            raise ResumeError(f"{path} is no saved state that can be read; start anew without --resume.") from error
-        if not is_ours:
-            raise ResumeError(f"{path} was saved by a run with other settings or data; start anew without --resume.")
+        state = read_state(path, self._digest(), self.model.device)
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]

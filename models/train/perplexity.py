@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from models.backbone import Backbone
 from models.batch import Segment, build_batch
 from models.kv_pool import KVPool
+from models.quantize import Quantization
 from models.source import resolve
 from models.train.command import positive, run
 from models.train.data import DataError, Example, encode_rows, read_rows
@@ -74,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="folder, hub id or GGUF file")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSONL (chats or text) or plain text files")
-    parser.add_argument("--quantization", choices=("int8", "int4"), help="by default, the one that serve would choose")
+    parser.add_argument(
+        "--quantization", choices=get_args(Quantization), help="by default, the one that serve would choose"
+    )
     parser.add_argument("--max-tokens", type=positive, default=20_000, help="tokens to score, from the start (20000)")
     parser.add_argument(
         "--validation-fraction", type=float, default=1.0, help="read only what training with this fraction keeps aside"

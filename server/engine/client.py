@@ -39,7 +39,7 @@ from server.engine.messages import (
     Submit,
     ToEngine,
 )
-from server.engine.pipe import PipeWriter
+from server.engine.pipe import PipeReader, PipeWriter
 from server.engine.watchdog import Watchdog
 from server.errors import EngineDeadError, StartupError
 
@@ -231,7 +231,7 @@ class _EngineProcess:
         child_inbox.close()
         child_outbox.close()
         self._inbox = PipeWriter(inbox)
-        self._outbox = outbox
+        self._outbox, self._words = outbox, PipeReader(outbox)
         self._loop.add_reader(outbox.fileno(), self._read)
 
     def send(self, message: ToEngine) -> None:
@@ -256,15 +256,16 @@ class _EngineProcess:
         return self.exit_code
 
     def _read(self) -> None:
-        """One message, or the end. With more to come the loop calls again, after whoever is due."""
+        """One message, a part of it, or the end. With more to come the loop calls again, after whoever is due."""
         try:
-            message = self._outbox.recv()
+            message = self._words.receive()
         except (EOFError, OSError):
             self._loop.remove_reader(self._outbox.fileno())
             self._outbox.close()
             self._end()
         else:
-            self._receive(message)
+            if message is not None:
+                self._receive(message)
 
     def _receive(self, message: FromEngine) -> None:
         match message:

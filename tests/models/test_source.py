@@ -219,12 +219,22 @@ def test_an_unknown_kind_on_the_hub_is_refused_before_its_weights_are_fetched(
 
 def test_heads_are_built_in_for_the_default_model_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "DEFAULT_HEADS", tmp_path)
+    assert resolve_heads(None, source.DEFAULT_MODEL) is None
+    (tmp_path / "config.json").touch()
     assert resolve_heads(None, source.DEFAULT_MODEL) == tmp_path
     assert resolve_heads(None, "org/name") is None
     assert resolve_heads("none", source.DEFAULT_MODEL) is None
     assert resolve_heads(str(tmp_path), "org/name") == tmp_path
     with pytest.raises(ModelSourceError, match="no heads at /nowhere"):
         resolve_heads("/nowhere", "org/name")
+
+
+def test_heads_inside_a_models_folder_are_its_own(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    assert resolve_heads(None, str(model)) is None
+    write_model(model / "heads")
+    assert resolve_heads(None, str(model)) == model / "heads"
+    assert resolve_heads("none", str(model)) is None
 
 
 @pytest.mark.parametrize(

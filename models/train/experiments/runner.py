@@ -21,13 +21,13 @@ from rich.console import Console
 
 from models.errors import UsageError
 from models.mtp import MTPForCausalLM
-from models.train.distill import ResumeError
 from models.train.experiments.cell import Cell, Measured
 from models.train.experiments.experiment import Experiment
 from models.train.long_run import finish
 from models.train.multi_token import Pretrainer, Recipe
 from models.train.plot import svg
 from models.train.pretrain import new_model
+from models.train.saved import ResumeError
 
 _HEAD = """\
 # {name}

@@ -29,18 +29,6 @@ def whole(generator: torch.Generator, count: int, inputs: int) -> Tensor:
     return values * scales.repeat_interleave(32, 1)[:, :inputs]
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
-def test_numbers_that_int8_holds_are_multiplied_exactly(outputs: int, inputs: int, bias: bool) -> None:
-    generator = torch.Generator().manual_seed(7)
-    weight, x = whole(generator, outputs, inputs), whole(generator, 13, inputs)
-    added = torch.randn(outputs, generator=generator) if bias else None
-    expected = x.double() @ weight.double().T + (0 if added is None else added.double())
-    size = x.double().abs() @ weight.double().abs().T
-    error = (PackedLinear(weight, added)(x).double() - expected).abs() / size
-    assert error.max() < 3e-6
-
-
 def whole_int4(generator: torch.Generator, count: int, inputs: int) -> Tensor:
     """Random numbers that four bits with a scale and a least value per group hold exactly."""
     groups = -(-inputs // 32)
@@ -51,15 +39,17 @@ def whole_int4(generator: torch.Generator, count: int, inputs: int) -> Tensor:
     return ((values + least) * scales).flatten(1)[:, :inputs]
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
-def test_numbers_that_int4_holds_are_multiplied_exactly(outputs: int, inputs: int, bias: bool) -> None:
-    generator = torch.Generator().manual_seed(8)
-    weight, x = whole_int4(generator, outputs, inputs), whole(generator, 13, inputs)
+def test_numbers_that_the_bits_hold_are_multiplied_exactly(outputs: int, inputs: int, bias: bool, bits: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    weight = (whole if bits == 8 else whole_int4)(generator, outputs, inputs)
+    x = whole(generator, 13, inputs)
     added = torch.randn(outputs, generator=generator) if bias else None
     expected = x.double() @ weight.double().T + (0 if added is None else added.double())
     size = x.double().abs() @ weight.double().abs().T
-    error = (PackedLinear(weight, added, 4)(x).double() - expected).abs() / size
+    error = (PackedLinear(weight, added, bits)(x).double() - expected).abs() / size
     assert error.max() < 3e-6
 
 

@@ -13,12 +13,12 @@ from models.train import distill
 from models.train.distill import (
     Recipe,
     ResBlockDistiller,
-    ResumeError,
     computes_in_bfloat16,
     draft_vocabulary,
     soft_cross_entropy,
     teachable,
 )
+from models.train.saved import ResumeError
 from models.train.trunk import TrunkCache
 
 HIDDEN, VOCAB, RANKS, HEADS = 16, 40, 8, 3

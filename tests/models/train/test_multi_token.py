@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models.mtp import MTPForCausalLM
-from models.train.distill import ResumeError
 from models.train.multi_token import Pretrainer, Recipe, backward_by_head, held_out_losses, plain_tokens
+from models.train.saved import ResumeError
 from tests.small_models import small_mtp
 
 

@@ -1,16 +1,20 @@
-"""Messages through a pipe that nobody reads for a while, or ever."""
+"""Messages through a pipe that nobody reads for a while, or ever, and messages that arrive in pieces."""
 
 from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
+import struct
+import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 
 from server.engine.messages import SamplingParams, Submit
-from server.engine.pipe import PipeWriter
+from server.engine.pipe import PipeReader, PipeWriter
 
 
 @pytest.fixture
@@ -50,3 +54,43 @@ async def test_a_reader_that_goes_away_is_no_error(pipe: tuple[Connection, Conne
     writer.close()
     writer.close()
     writer.send("nor that")
+
+
+def test_a_message_in_pieces_is_read_when_it_is_whole(pipe: tuple[Connection, Connection]) -> None:
+    """Its length alone, half of its body, the rest and the beginning of the next."""
+    connection, writer = pipe
+    reader = PipeReader(connection)
+    body = bytes(ForkingPickler.dumps(["a", "message"]))
+    frame = struct.pack("!i", len(body)) + body
+    for piece in (b"", frame[:2], frame[2:4], frame[4:9]):
+        os.write(writer.fileno(), piece)
+        assert reader.receive() is None
+    os.write(writer.fileno(), frame[9:] + frame[:5])
+    assert reader.receive() == ["a", "message"]
+    assert reader.receive() is None
+    os.write(writer.fileno(), frame[5:])
+    assert reader.receive() == ["a", "message"]
+
+
+def test_messages_larger_than_the_pipe_arrive_in_order(pipe: tuple[Connection, Connection]) -> None:
+    connection, writer = pipe
+    reader = PipeReader(connection)
+    messages = [large(n) for n in range(3)]
+    sending = threading.Thread(target=lambda: [writer.send(message) for message in messages])
+    sending.start()
+    received: list[object] = []
+    while len(received) < 3:
+        if (message := reader.receive()) is not None:
+            received.append(message)
+    sending.join()
+    assert received == messages
+
+
+def test_the_end_of_the_other_process_ends_reading(pipe: tuple[Connection, Connection]) -> None:
+    connection, writer = pipe
+    reader = PipeReader(connection)
+    os.write(writer.fileno(), b"\0\0")
+    assert reader.receive() is None
+    writer.close()
+    with pytest.raises(EOFError):
+        reader.receive()
