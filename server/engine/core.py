@@ -275,8 +275,8 @@ class Engine:
         self.runner.forget(request)
         return replace(delta, finish=finish, stats=request.stats(self._clock()))
 
-    def _stats(self, works: Sequence[Work], **seconds: float) -> StepStats:
-        """Counts of this step."""
+    def _stats(self, works: Sequence[Work], **seconds: Any) -> StepStats:
+        """Counts of this step, and the times in `seconds`, by their fields' names."""
         scheduler = self.scheduler
         drafts = [work for work in works if work.node_tokens]
         return StepStats(
