@@ -4,8 +4,8 @@ Invariants:
 - a `generate` ends with a terminal delta or with EngineDeadError; leaving it earlier sends `Abort`;
 - a process that has work and takes no step for `timeout_seconds` is killed, which is a death like any other;
 - nothing waits for a process to read: `PipeWriter` keeps what it does not take;
-- only the event loop's thread touches requests, status and pipes, and a step wakes it once; it reads a message when its
-  beginning has come, and waits for the rest of a large one no longer than the engine takes to write it;
+- only the event loop's thread touches requests, status and pipes, and a message wakes it once; it reads a message when
+  its beginning has come, and waits for the rest of a large one no longer than the engine takes to write it;
 - the end of the engine's pipe is the death of its process;
 - the parent keeps no end of a pipe that is the child's, so that death is end-of-file on both sides;
 - the child is spawned with SIGINT blocked: Ctrl-C is the parent's.
@@ -35,6 +35,7 @@ from server.engine.messages import (
     Ready,
     Shutdown,
     StepOutput,
+    Steps,
     StepStats,
     Submit,
     ToEngine,
@@ -269,8 +270,9 @@ class _EngineProcess:
 
     def _receive(self, message: FromEngine) -> None:
         match message:
-            case StepOutput():
-                self._hear(message)
+            case Steps(outputs):
+                for output in outputs:
+                    self._hear(output)
             case Ready(info) if not self.ready.done():
                 self.ready.set_result(info)
             case Failed(sentence):

@@ -21,7 +21,10 @@ DRAFT_SOURCES: Final[tuple[DraftSource, ...]] = ("heads", "ngram", "prediction",
 
 
 class _Compact:
-    """What crosses in every step: pickled as class and values, in half the time of a dataclass with slots."""
+    """What crosses in every step: pickled as class and values, in half the time of a dataclass with slots.
+
+    A class of this kind has two fields or more: `attrgetter` of one is no tuple.
+    """
 
     __slots__ = ()
     __match_args__: ClassVar[tuple[str, ...]]  # the fields; a dataclass says so itself
@@ -234,7 +237,7 @@ class StepStats(_Compact):
     accepted_per_depth: tuple[int, ...] = ()  # [d]: drafts whose node at depth d + 1 was accepted
     drafted_per_depth: tuple[int, ...] = ()  # [d]: nodes verified at depth d + 1
     tree_sizes: tuple[int, ...] = ()  # nodes of each tree verified
-    drafted_by_source: tuple[int, ...] = ()  # num_draft_tokens, in the order of DRAFT_SOURCES
+    drafted_by_source: tuple[int, ...] = ()  # num_draft_tokens, in the order of DRAFT_SOURCES; () without drafts
     accepted_by_source: tuple[int, ...] = ()  # num_accepted_tokens, likewise
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found
@@ -244,10 +247,17 @@ class StepStats(_Compact):
 
 @dataclass(frozen=True, slots=True)
 class StepOutput(_Compact):
-    """One engine step: all news of all requests, in one message."""
+    """One engine step: all news of all requests."""
 
     deltas: tuple[Delta, ...]
     stats: StepStats
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Steps in their order, in one message."""
+
+    outputs: tuple[StepOutput, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,4 +315,4 @@ class EngineConfig:
 
 
 ToEngine = Submit | Abort | Shutdown
-FromEngine = Ready | Failed | StepOutput
+FromEngine = Ready | Failed | Steps

@@ -3,7 +3,9 @@
 Invariants:
 - `Ready` or `Failed` is the first message out;
 - one thread reads the inbox all the time, so the API process never blocks on a send;
-- aborts and submits that arrive during a step take effect before the next one.
+- aborts and submits that arrive during a step take effect before the next one;
+- a request's first token and its end are sent at once, what is between waits `SEND_SECONDS` at most and one step: where
+  steps are shorter than that, the API process, which shares the processor, has fewer messages to take and to pass on.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from time import monotonic
 
 from server.engine.core import Engine
 from server.engine.messages import (
@@ -26,6 +29,7 @@ from server.engine.messages import (
     Ready,
     Shutdown,
     StepOutput,
+    Steps,
     Submit,
     ToEngine,
 )
@@ -33,6 +37,7 @@ from server.engine.warmup import warm_up
 from server.errors import StartupError
 
 Inbox = queue.SimpleQueue[ToEngine]
+SEND_SECONDS = 0.01
 IDLE_SECONDS = 1.0  # before the slots are checked, which takes a large pool some tens of milliseconds
 
 
@@ -73,15 +78,52 @@ def _read(inbox: Connection, messages: Inbox) -> None:
 
 def serve(engine: Engine, messages: Inbox, outbox: Connection) -> None:
     """Take messages, step, send; sleep when there is nothing to do."""
+    news = _News(outbox)
     while True:
         received = _pending(messages) if engine.has_work else _wait(messages, engine.scheduler.check)
+        if received:
+            news.send()  # a prompt's step can take long
         deltas = [delta for message in received if (delta := _apply(engine, message)) is not None]
         if any(isinstance(message, Shutdown) for message in received):
-            outbox.send(_joined(deltas, engine.shutdown()))
+            news.add(_joined(deltas, engine.shutdown()))
+            news.send()
             return
-        output = _joined(deltas, engine.step())
+        news.add(_joined(deltas, engine.step()))
+        if news.are_urgent or not engine.has_work:
+            news.send()
+
+
+class _News:
+    """Steps that the API process has not heard of."""
+
+    def __init__(self, outbox: Connection) -> None:
+        self._outbox = outbox
+        self._outputs: list[StepOutput] = []
+        self._sent_at = monotonic()
+        self._begun: set[str] = set()  # requests whose first tokens were sent, or wait here
+        self._has_first_or_last = False
+
+    @property
+    def are_urgent(self) -> bool:
+        return self._has_first_or_last or monotonic() - self._sent_at >= SEND_SECONDS
+
+    def add(self, output: StepOutput) -> None:
         if output.deltas or output.stats.num_rows:
-            outbox.send(output)
+            self._outputs.append(output)
+        for delta in output.deltas:
+            if delta.finish is not None:
+                self._begun.discard(delta.request_id)
+                self._has_first_or_last = True
+            elif delta.request_id not in self._begun:
+                self._begun.add(delta.request_id)
+                self._has_first_or_last = True
+
+    def send(self) -> None:
+        if self._outputs:
+            self._outbox.send(Steps(tuple(self._outputs)))
+            self._outputs.clear()
+        self._sent_at = monotonic()
+        self._has_first_or_last = False
 
 
 def _wait(messages: Inbox, on_idle: Callable[[], None]) -> list[ToEngine]:

@@ -16,6 +16,7 @@ from server.engine.messages import (
     Shutdown,
     SpeculationStats,
     StepOutput,
+    Steps,
     StepStats,
     Submit,
 )
@@ -28,7 +29,7 @@ def echo(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
             size = len(message.prompt)
             stats = RequestStats(size, 0, size, 0, 0.0, 0.0, 0.0, SpeculationStats())
             delta = Delta(message.request_id, message.prompt, finish="length", stats=stats)
-            outbox.send(StepOutput((delta,), StepStats()))
+            outbox.send(Steps((StepOutput((delta,), StepStats()),)))
 
 
 def steady(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
@@ -41,13 +42,13 @@ def steady(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
             if isinstance(message, Submit):
                 left[message.request_id] = message.sampling.max_tokens
             elif isinstance(message, Shutdown):
-                outbox.send(StepOutput(tuple(Delta(name, finish="abort") for name in left), StepStats()))
+                outbox.send(Steps((StepOutput(tuple(Delta(name, finish="abort") for name in left), StepStats()),)))
                 return
             elif left.pop(message.request_id, None):
-                outbox.send(StepOutput((Delta(message.request_id, finish="abort"),), StepStats()))
+                outbox.send(Steps((StepOutput((Delta(message.request_id, finish="abort"),), StepStats()),)))
         left = {name: count - 1 for name, count in left.items()}
         deltas = tuple(Delta(name, (65,), finish=None if count else "length") for name, count in left.items())
-        outbox.send(StepOutput(deltas, StepStats(num_running=len(left))))
+        outbox.send(Steps((StepOutput(deltas, StepStats(num_running=len(left))),)))
         left = {name: count for name, count in left.items() if count}
 
 

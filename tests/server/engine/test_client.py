@@ -26,6 +26,7 @@ from server.engine.messages import (
     SamplingParams,
     Shutdown,
     StepOutput,
+    Steps,
     StepStats,
     Submit,
     TokenLogprobs,
@@ -45,7 +46,11 @@ def echo(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
                 if token == CRASH:
                     os._exit(3)
                 finish = "stop" if n == len(message.prompt) else None
-                outbox.send(StepOutput((Delta(message.request_id, (token,), finish=finish),), StepStats(num_running=1)))
+                outbox.send(
+                    Steps(
+                        (StepOutput((Delta(message.request_id, (token,), finish=finish),), StepStats(num_running=1)),)
+                    )
+                )
 
 
 def slow(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
@@ -55,9 +60,9 @@ def slow(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
         with Path(config.model).open("a") as log:
             log.write(f"{type(message).__name__} {message.request_id}\n")
         if isinstance(message, Submit):
-            outbox.send(StepOutput((Delta(message.request_id, (1,)),), StepStats()))
+            outbox.send(Steps((StepOutput((Delta(message.request_id, (1,)),), StepStats()),)))
         if isinstance(message, Abort):
-            outbox.send(StepOutput((Delta(message.request_id, finish="abort"),), StepStats()))
+            outbox.send(Steps((StepOutput((Delta(message.request_id, finish="abort"),), StepStats()),)))
 
 
 def torrent(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
@@ -66,9 +71,9 @@ def torrent(config: EngineConfig, inbox: Connection, outbox: Connection) -> None
     name = inbox.recv().request_id
     top = tuple((token, -1.0) for token in range(20_000))
     first = TokenLogprobs(0, -1.0, top)
-    outbox.send(StepOutput((Delta(name, (0,), (first,), prompt_logprobs=(None,)),), StepStats()))
+    outbox.send(Steps((StepOutput((Delta(name, (0,), (first,), prompt_logprobs=(None,)),), StepStats()),)))
     for token in range(1, 5):
-        outbox.send(StepOutput((Delta(name, (token,), (TokenLogprobs(token, -1.0, top),)),), StepStats()))
+        outbox.send(Steps((StepOutput((Delta(name, (token,), (TokenLogprobs(token, -1.0, top),)),), StepStats()),)))
     inbox.recv()
     os._exit(3)
 
@@ -82,8 +87,8 @@ def telling(config: EngineConfig, inbox: Connection, outbox: Connection) -> None
             if token == CRASH:
                 os._exit(3)
             state = ControllerState((), (), (), (), (), float(token), (), ())
-            outbox.send(StepOutput((Delta(message.request_id, (token,)),), StepStats(controller=state)))
-            outbox.send(StepOutput((Delta(message.request_id, (token,), finish="stop"),), StepStats()))
+            outbox.send(Steps((StepOutput((Delta(message.request_id, (token,)),), StepStats(controller=state)),)))
+            outbox.send(Steps((StepOutput((Delta(message.request_id, (token,), finish="stop"),), StepStats()),)))
 
 
 def refusing(config: EngineConfig, inbox: Connection, outbox: Connection) -> None:
@@ -115,7 +120,7 @@ def stuck_once(config: EngineConfig, inbox: Connection, outbox: Connection) -> N
         return
     Path(config.model).touch()
     outbox.send(Ready(INFO))
-    outbox.send(StepOutput((Delta(inbox.recv().request_id, (7,)),), StepStats()))
+    outbox.send(Steps((StepOutput((Delta(inbox.recv().request_id, (7,)),), StepStats()),)))
     time.sleep(600)
 
 

@@ -15,7 +15,7 @@ from fakes import FakeRunner, reference
 
 from server.engine import worker
 from server.engine.core import Engine
-from server.engine.messages import Abort, Delta, EngineConfig, Failed, SamplingParams, Shutdown, StepOutput, Submit
+from server.engine.messages import Abort, Delta, EngineConfig, Failed, SamplingParams, Shutdown, Steps, Submit
 from server.engine.worker import Inbox, run_worker, serve
 
 
@@ -44,12 +44,15 @@ def served() -> Iterator[tuple[Inbox, Connection]]:
         loop_end.close()
 
 
+def deltas_of(message: object) -> list[Delta]:
+    assert isinstance(message, Steps)
+    return [delta for output in message.outputs for delta in output.deltas]
+
+
 def hear(outbox: Connection, name: str) -> Iterator[Delta]:
     """Deltas of one request, up to its end."""
     while outbox.poll(10):
-        output = outbox.recv()
-        assert isinstance(output, StepOutput)
-        for delta in output.deltas:
+        for delta in deltas_of(outbox.recv()):
             if delta.request_id == name:
                 yield delta
                 if delta.finish is not None:
@@ -64,6 +67,40 @@ def test_a_request_is_served_and_the_loop_sleeps_until_the_next() -> None:
             tokens = [token for delta in hear(outbox, name) for token in delta.token_ids]
             assert tokens == reference([1, 2, 3], 20, ignore_eos=True)
             assert not outbox.poll(0.1)
+
+
+def test_short_steps_share_a_message_but_no_request_waits_for_its_beginning_or_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker, "SEND_SECONDS", 1000.0)
+    with served() as (messages, outbox):
+        messages.put(long_submit("a", 20))
+        sizes = [sum(len(delta.token_ids) for delta in deltas_of(outbox.recv())) for _ in range(2)]
+        assert sizes == [1, 19]
+
+
+def test_news_wait_no_longer_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "SEND_SECONDS", 0.0)
+    with served() as (messages, outbox):
+        messages.put(long_submit("a", 20))
+        heard = [outbox.recv()]
+        while not deltas_of(heard[-1])[-1].finish:
+            heard.append(outbox.recv())
+        assert len(heard) > 5
+        assert {len(message.outputs) for message in heard} == {1}
+
+
+def test_news_are_sent_before_a_new_prompt_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "SEND_SECONDS", 1000.0)
+    inbox = iter([[long_submit("a")], [], [], [long_submit("b")], [Shutdown()]])
+    monkeypatch.setattr(worker, "_wait", lambda *_: next(inbox))
+    monkeypatch.setattr(worker, "_pending", lambda _: next(inbox))
+    outbox, loop_end = multiprocessing.Pipe(duplex=False)
+    serve(Engine(EngineConfig("fake"), FakeRunner(20_000, max_model_len=20_000)), queue.SimpleQueue(), loop_end)
+    heard = [[delta.request_id for delta in deltas_of(outbox.recv())] for _ in range(3)]
+    assert heard == [["a"], ["a", "a"], ["a", "b"]]
+    outbox.close()
+    loop_end.close()
 
 
 def test_abort_is_heard_between_steps() -> None:
@@ -84,7 +121,7 @@ def test_a_refused_request_is_answered_and_hurts_nobody() -> None:
         messages.put(long_submit("good", 5))
         ends = {}
         while len(ends) < 2 and outbox.poll(10):
-            ends |= {d.request_id: d.finish for d in outbox.recv().deltas if d.finish}
+            ends |= {d.request_id: d.finish for d in deltas_of(outbox.recv()) if d.finish}
         assert ends == {"bad": "error", "good": "length"}
 
 
@@ -95,7 +132,7 @@ def test_shutdown_ends_what_is_open() -> None:
     messages.put(long_submit("a"))
     messages.put(Shutdown())
     serve(Engine(EngineConfig("fake"), runner), messages, loop_end)
-    assert [delta.finish for delta in outbox.recv().deltas] == ["abort"]
+    assert [delta.finish for delta in deltas_of(outbox.recv())] == ["abort"]
     outbox.close()
     loop_end.close()
 
