@@ -45,7 +45,11 @@ check: $(READY) ## lint, formatting, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check ## check, then all tests
+$(VENV)/.triton: $(READY)  # whose interpreter runs the GPU kernels' tests
+	$(PIP) -e '.[triton]'
+	touch $@
+
+test: check $(VENV)/.triton ## check, then all tests
 	$(BIN)/python -m pytest
 
 format: $(READY) ## rewrite the code in the project's format

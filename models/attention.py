@@ -1,6 +1,7 @@
 """Attention over pool slots, and the hook by which an unmodified transformers model calls it.
 
-`tree_attention` is the torch kernel. Another one replaces it by having its signature (`Kernel`).
+`tree_attention` is the torch kernel. Another one replaces it by having its signature (`Kernel`): the C kernel, and on a
+GPU Triton's.
 
 Invariants:
 - the hook holds the batch and the pool only while a step runs, so a model may drop keyword arguments on the way;
@@ -21,6 +22,7 @@ from transformers import AttentionInterface
 
 from models.batch import Batch, Group
 from models.kernels import cpu
+from models.kernels.gpu import runs_triton
 from models.kv_pool import KVPool
 
 
@@ -64,6 +66,15 @@ def c_attention(query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scori
     if scoring.softcap is not None or scoring.sinks is not None or not cpu.can_attend(keys, values, query.shape[1]):
         return tree_attention(query, keys, values, batch, scoring)
     return cpu.attention(query, keys, values, batch, scoring.scaling, scoring.window)
+
+
+def kernel_for(device: torch.device) -> Kernel:
+    """What suits a device that computes as the model's own code does."""
+    if not runs_triton(device):
+        return tree_attention
+    from models.kernels.triton_attention import attention
+
+    return attention
 
 
 def _attend_group(query: Tensor, keys: Tensor, values: Tensor, group: Group, scoring: Scoring) -> Tensor:

@@ -27,11 +27,11 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
 
-from models.attention import PagedTreeAttention, c_attention
+from models.attention import PagedTreeAttention, c_attention, kernel_for
 from models.batch import Batch
 from models.fused import FusedModel, can_fuse
 from models.inner import InnerLayersError, InnerStates, check_layers
-from models.kernels.cpu import kernels
+from models.kernels.cpu import PackedLinear, kernels
 from models.kv_pool import KVPool
 from models.mtp import without_extra_heads
 from models.probe import (
@@ -67,6 +67,7 @@ class Backbone:
         self.kv_dtype = model.dtype
         self.quantization = "none"
         self._fused: FusedModel | None = None
+        self._table: Tensor | None = None  # a fused model's input embedding in float32
         head.register_forward_pre_hook(self._keep_hidden)
         self._hidden: Tensor | None = None
         self._inner: InnerStates | None = None
@@ -77,7 +78,7 @@ class Backbone:
             if self._take_hidden() is None:
                 raise refusal(model, "it does not call its output embedding")
             self.vocab_size: int = reference.shape[-1]
-            self._attention = PagedTreeAttention()
+            self._attention = PagedTreeAttention(kernel_for(model.device))
             set_attention(model, self._attention.name)
             check_logits(self, model, reference)
         self.num_layers = len(self.kv_shapes)
@@ -114,7 +115,7 @@ class Backbone:
     def quantize(self, quantization: Quantization = "int8") -> None:
         """Make the weights int8 or int4 and the cache binary16, for the C kernels.
 
-        Raises `KernelError` if they cannot be had. The output embedding is int8 always.
+        Raises `KernelError` if they cannot be had. Output embeddings are int8 always, and of a fused model the input's.
         For float32 models on a CPU, once. A model of the common shape becomes one call a step; another keeps its code.
         """
         kernels()
@@ -124,8 +125,9 @@ class Backbone:
             self.max_position_embeddings = self.max_position_embeddings or MAX_POSITIONS
             self._fused = FusedModel(self._model, self._attention.scorings, self.max_position_embeddings, bits)
             self._fused.show(self.inner_layers)
-            if self.lm_head_weight.data_ptr() == self._model.get_input_embeddings().weight.data_ptr():
-                self.lm_head_weight = self._fused.embedding
+            head, table = self.lm_head_weight, self.embedding_weight
+            self.lm_head_weight = head.clone()  # the loaded one may hold a whole file open
+            self._table = self.lm_head_weight if head.data_ptr() == table.data_ptr() else table.clone()
             del self._model  # and its float32 weights
             return
         self._attention.kernel = c_attention
@@ -135,10 +137,20 @@ class Backbone:
     @property
     def embedding_weight(self) -> Tensor:
         """The input embedding, [vocab, hidden]."""
-        if self._fused is not None:
-            return self._fused.embedding
+        if self._table is not None:
+            return self._table
         weight: Tensor = self._model.get_input_embeddings().weight.detach()
         return weight
+
+    @property
+    def packed_embedding(self) -> PackedLinear | None:
+        """The input embedding as the kernels of a fused model have it."""
+        return None if self._fused is None else self._fused.embedding
+
+    def forget_embeddings(self) -> None:
+        """Give back the float32 embeddings of a fused model, which it only kept for heads to be built from."""
+        if self._fused is not None:
+            self._table = self.lm_head_weight = self.lm_head_weight.new_empty(0, self.hidden_size)
 
     def show(self, layers: tuple[int, ...]) -> None:
         """From now on hidden has these layers' outputs before the last state. Raises `BackboneError`."""

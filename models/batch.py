@@ -13,12 +13,15 @@ Invariants:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 KEY_BLOCK = 64
 MAX_PADDING = 2048  # units of `_work`; one more group costs a CPU as much, 50 us a layer (measured)
@@ -75,25 +78,33 @@ class Batch:
     def __init__(self, segments: Sequence[Segment], positions: Tensor, slots: Tensor) -> None:
         self.positions = positions  # [rows] int64
         self.slots = slots  # [rows] int64; where the K and V of each row go
-        self._segments = segments
+        self.segments = segments
+        self._remembered: dict[object, Any] = {}
         ends = list(itertools.accumulate(segment.num_rows for segment in segments))
         assert ends
         assert ends[-1] == len(positions) == len(slots)
         self._starts = [0, *ends[:-1]]
 
+    def remember(self, name: object, make: Callable[[], T]) -> T:
+        """What a kernel has made of the step for itself, for the layers to come."""
+        if name not in self._remembered:
+            self._remembered[name] = make()
+        made: T = self._remembered[name]
+        return made
+
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         return tuple(
             _build_group(
-                [self._segments[i] for i in members], [self._starts[i] for i in members], self.positions, self.slots
+                [self.segments[i] for i in members], [self._starts[i] for i in members], self.positions, self.slots
             )
-            for members in _partition(self._segments)
+            for members in _partition(self.segments)
         )
 
     @cached_property
     def layout(self) -> Layout:
         rows, tables, parents, place = [], [], [], 0
-        for segment, start in zip(self._segments, self._starts, strict=True):
+        for segment, start in zip(self.segments, self._starts, strict=True):
             num_context, first_node = len(segment.context), start + segment.num_chain
             rows.append((place, num_context, start, segment.num_chain, segment.num_rows))
             tables += [segment.context, self.slots[start:first_node]]

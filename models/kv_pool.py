@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from models.kernels.gpu import runs_triton
+
 Shape = tuple[int, int, int]  # one layer: (kv_heads, k_dim, v_dim)
 
 
@@ -35,6 +37,11 @@ class KVPool:
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store `key` [rows, kv_heads, k_dim] and `value` [rows, kv_heads, v_dim] at `slots` [rows], none of them 0."""
         keys, values = self.keys[layer], self.values[layer]
+        if runs_triton(keys.device):
+            from models.kernels.triton_attention import write
+
+            write(keys, values, slots, key, value)
+            return
         keys.index_copy_(0, slots, key.to(keys.dtype))
         values.index_copy_(0, slots, value.to(values.dtype))
 

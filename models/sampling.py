@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from models.grammar import unpack
+from models.kernels.gpu import runs_triton
 from models.masks import NEG_INF, Mask
 
 NO_TOKEN = -1
@@ -212,12 +213,20 @@ def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
     if whole:
         index = torch.tensor(whole, device=logits.device)
-        noise = gumbel([rows[i] for i in whole], torch.arange(logits.shape[-1], device=logits.device))
-        tokens[index] = (scaled[index] + noise).argmax(-1)
+        tokens[index] = _draw_whole(scaled[index], [rows[i] for i in whole])
     if part:
         index = torch.tensor(part, device=logits.device)
         tokens[index] = _draw_truncated(scaled[index], [rows[i] for i in part])
     return tokens
+
+
+def _draw_whole(scaled: Tensor, rows: Sequence[Row]) -> Tensor:
+    """[rows, vocab] -> [rows]"""
+    if runs_triton(scaled.device):
+        from models.kernels.triton_sampling import draw
+
+        return draw(scaled, torch.tensor(list(map(_noise_key, rows)), device=scaled.device))
+    return (scaled + gumbel(rows, torch.arange(scaled.shape[-1], device=scaled.device))).argmax(-1)
 
 
 def _is_truncated(params: Params) -> bool:
@@ -269,7 +278,7 @@ def entropy(log_probs: Tensor) -> Tensor:
 
 def gumbel(rows: Sequence[Row], tokens: Tensor) -> Tensor:
     """Gumbel noise of each row at `tokens`: [vocab] shared by all rows, or [rows, candidates]. Returns [rows, ...]."""
-    keys = [noise_key(row.params.seed, row.params.choice, row.position) for row in rows]
+    keys = list(map(_noise_key, rows))
     if tokens.dim() > 1:
         key = torch.tensor(keys, device=tokens.device).unsqueeze(-1)  # [rows, 1]
         return _gumbel(_mix(key + tokens * _signed(_GOLDEN)))
@@ -312,6 +321,10 @@ def _mix_int(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
+
+
+def _noise_key(row: Row) -> int:
+    return noise_key(row.params.seed, row.params.choice, row.position)
 
 
 def noise_key(seed: int, choice: int, position: int) -> int:

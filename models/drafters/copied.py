@@ -68,7 +68,7 @@ class CopyDrafter:
         self._num_seen = 0  # tokens of the text before it
 
     def draft(self, text: Sequence[int], max_depth: int) -> list[Guess]:
-        """A chain below the last token of `text`, which begins with the text of the call before."""
+        """A chain below the last token of `text`, which begins with the text of the call before: what may pay of it."""
         self._learn(text)
         place = self.place = self._finder.find(text)
         self._num_seen = len(text)
@@ -77,6 +77,8 @@ class CopyDrafter:
         value = 1.0
         for token, match in zip(self._copied, self._matches(), strict=False):
             value *= self._acceptance.probability(match)
+            if value < MIN_VALUE:
+                break
             guesses.append(Guess(token, len(guesses) - 1, value, self._source))
         return guesses
 
@@ -112,7 +114,7 @@ class Copies:
         """Guesses that pay for their rows, as a tree below the last token of `text`."""
         if self._drafted[0] != len(text):
             drafts = [drafter.draft(text, max_depth) for drafter in self._drafters]
-            self._drafted = len(text), merge(drafts, MAX_NODES, MIN_VALUE)
+            self._drafted = len(text), drafts[0] if len(drafts) == 1 else merge(drafts, MAX_NODES, MIN_VALUE)
         return self._drafted[1]
 
     @property
