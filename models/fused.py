@@ -82,14 +82,13 @@ class FusedLayers:
         self._layers = (cpu.LayerStruct * len(packed))(*packed)
 
     def _trunk(
-        self, embedding: Tensor, norm: Tensor, head: cpu.LinearStruct, rotary: nn.Module, positions: int
+        self, embedding: cpu.LinearStruct, norm: Tensor, head: cpu.LinearStruct, rotary: nn.Module, positions: int
     ) -> cpu.TrunkStruct:
-        """`embedding` is not copied: the caller keeps it."""
         cosines, sines = _rotations(rotary, positions)
         return cpu.TrunkStruct(
             self._layers,
             len(self._layers),
-            cpu.address(embedding),
+            embedding,
             self._keep(norm),
             head,
             self._keep(cosines),
@@ -135,8 +134,8 @@ class FusedLayers:
             is_rotary=bool(getattr(attn, "use_rope", True)),
         )
 
-    def _linear(self, parts: tuple[Tensor, Tensor | None], bits: int | None = None) -> cpu.LinearStruct:
-        packed = cpu.PackedLinear(*parts, bits or self._bits)
+    def _linear(self, parts: tuple[Tensor, Tensor | None]) -> cpu.LinearStruct:
+        packed = cpu.PackedLinear(*parts, self._bits)
         self._kept.append(packed)
         return packed.struct
 
@@ -147,21 +146,22 @@ class FusedLayers:
 
 
 class FusedModel(FusedLayers):
-    """Has packed what it needs of the modules, which can be thrown away; of their tensors it keeps the embedding."""
+    """Has packed what it needs of the modules, which can be thrown away."""
 
     def __init__(
         self, model: PreTrainedModel, scorings: Mapping[int, Scoring], num_positions: int, bits: int = 8
     ) -> None:
-        """`model`, float32 on a CPU, must be one that `can_fuse`. `bits`: the layers'; the output embedding has 8."""
+        """`model`, float32 on a CPU, must be one that `can_fuse`. `bits`: the layers'; embeddings have 8."""
         trunk: Any = model.model
         super().__init__(trunk.layers, [scorings[layer.self_attn.layer_idx] for layer in trunk.layers], bits)
         head: nn.Linear = model.get_output_embeddings()
         self._vocab_size = head.out_features
-        self.embedding: Tensor = (
-            trunk.embed_tokens.weight.detach().clone()
-        )  # a copy: the loaded one may hold a whole file open
-        packed = self._linear((head.weight, head.bias), 8)
-        self._struct = self._trunk(self.embedding, trunk.norm.weight, packed, trunk.rotary_emb, num_positions)
+        table: Tensor = trunk.embed_tokens.weight
+        packed = cpu.PackedLinear(head.weight, head.bias)
+        self.embedding = packed if table is head.weight else cpu.PackedLinear(table)
+        self._kept += packed, self.embedding
+        tables = self.embedding.struct, trunk.norm.weight, packed.struct
+        self._struct = self._trunk(*tables, trunk.rotary_emb, num_positions)
         self._shown: Tensor = torch.empty(0, dtype=torch.int64)  # layers whose outputs are kept, too
 
     def show(self, layers: Sequence[int]) -> None:
@@ -189,17 +189,17 @@ class FusedModel(FusedLayers):
 class FusedSequential(FusedLayers):
     """A sequential drafter as one call a depth, for serving on a CPU. Guesses need no more than four bits."""
 
-    def __init__(self, heads: SequentialHeads, num_positions: int) -> None:
-        """`heads`: float32 on a CPU. The pool that it works on has one layer."""
+    def __init__(self, heads: SequentialHeads, embedding: cpu.PackedLinear, num_positions: int) -> None:
+        """`heads`: float32 on a CPU; `embedding`: theirs, of 8 bits. The pool that it works on has one layer."""
         super().__init__([heads.layer], [Scoring(heads.shape.head_dim**-0.5)], bits=4)
-        self.embedding = heads.embedding
+        self._kept.append(embedding)
         self._token_ids = heads.token_ids
         ranks = min(growth.NUM_RANKS, len(heads.token_ids))
         self._rules = cpu.RulesStruct(
             ranks, growth.WIDTH, heads.num_heads, growth.LEAST_VALUE, growth.NEXT_RIGHT, growth.LEAST_GAIN, growth.HEARD
         )
         head = self._linear((heads.lm_head, None))
-        trunk = self._trunk(self.embedding, heads.norm.weight, head, heads.rotary, num_positions)
+        trunk = self._trunk(embedding.struct, heads.norm.weight, head, heads.rotary, num_positions)
         self._struct = cpu.DrafterStruct(
             trunk,
             self._linear((heads.input.weight, None)),

@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from models.attention import Scoring, tree_attention
+from models.attention import Scoring, kernel_for
 from models.batch import Batch
 from models.drafters.resblock import Accuracies
 from models.kv_pool import KVPool
@@ -139,7 +139,8 @@ class SequentialHeads(nn.Module):
         )
         pool.write(0, batch.slots, key[0].transpose(0, 1), attn.v_proj(normed).view(len(x), -1, dim))
         scoring = Scoring(dim**-0.5)
-        attended = tree_attention(query[0].transpose(0, 1), pool.keys[0], pool.values[0], batch, scoring)
+        attend = kernel_for(x.device)
+        attended = attend(query[0].transpose(0, 1), pool.keys[0], pool.values[0], batch, scoring)
         x = x + attn.o_proj(attended.reshape(len(x), -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
         found: Tensor = self.norm(x)

@@ -65,10 +65,11 @@ class Memory:
         if start != self.end:
             self.parts.clear()
             self.count = 0
+        size = states.shape[0]
         self.parts.append(states)
-        self.count += len(states)
-        self.end = start + len(states)
-        while self.count - len(self.parts[0]) >= PENDING:
+        self.count += size
+        self.end = start + size
+        while self.count > PENDING and self.count - len(self.parts[0]) >= PENDING:
             self.count -= len(self.parts.pop(0))
 
 

@@ -27,7 +27,7 @@ typedef struct {
 typedef struct {
     const Layer *layers;
     int64_t num_layers;
-    const float *embedding;   /* [vocab][hidden] */
+    Linear embedding;         /* of 8 bits, [vocab][hidden]; the head's weights if the model ties them */
     const float *norm;        /* [hidden] */
     Linear head;
     const float *cos, *sin;   /* [positions][rotary_dim] */
@@ -243,7 +243,7 @@ void medusa_forward(int threads, const Trunk *trunk, const Step *step, const Buf
         float wide[size];
         assemble(&team);
         for (int64_t row; (row = take(&team, 1)) < step->rows;)
-            memcpy(b->hidden + row * size, trunk->embedding + tokens[row] * size, size * sizeof(float));
+            read_row(&trunk->embedding, tokens[row], b->hidden + row * size);
         meet(&team);
         run_layers(&team, &scratch, wide, trunk, step, b, asked);
     }
@@ -264,7 +264,8 @@ void medusa_guess(int threads, const Drafter *drafter, const Step *step, const B
         float wide[2 * size];
         assemble(&team);
         for (int64_t row; (row = take(&team, 1)) < step->rows;) {
-            rms_norm(trunk->embedding + tokens[row] * size, drafter->token_norm, size, epsilon, wide);
+            read_row(&trunk->embedding, tokens[row], wide);
+            rms_norm(wide, drafter->token_norm, size, epsilon, wide);
             rms_norm(states + row * size, drafter->state_norm, size, epsilon, wide + size);
             quantize_row(&both, row, wide);
         }

@@ -89,7 +89,7 @@ class TrunkStruct(Structure):
     _fields_ = (
         ("layers", POINTER(LayerStruct)),
         ("num_layers", c_int64),
-        ("embedding", c_void_p),
+        ("embedding", LinearStruct),
         ("norm", c_void_p),
         ("head", LinearStruct),
         ("cos", c_void_p),

@@ -65,6 +65,18 @@ INLINE void quantize_row(const Rows *rows, int64_t row, const float *from) {
     }
 }
 
+/* The weights [inputs] of one output of 8 bits: a table's row. */
+INLINE void read_row(const Linear *table, int64_t output, float *to) {
+    const int64_t groups = table->inputs / GROUP, block = output / BLOCK, place = output % BLOCK;
+    for (int64_t g = block * groups; g < (block + 1) * groups; g++, to += GROUP) {
+        const uint8_t *weight = table->weight + g * GROUP * BLOCK + 4 * place;
+        const uint32_t bits = (uint32_t)table->scale[g * BLOCK + place] << 16; /* of a bfloat16 */
+        float scale;
+        memcpy(&scale, &bits, sizeof scale);
+        for (int i = 0; i < GROUP; i++) to[i] = scale * (weight[i / 4 * 4 * BLOCK + i % 4] - 128);
+    }
+}
+
 /* dot[r]: what 16 outputs sum up over one group of `count` rows, `stride` values apart (their offsets `offsets` apart). */
 INLINE void dot_group(const uint8_t *w, const int8_t *x, int64_t stride, const int32_t *offset, int64_t offsets,
                       const int count, ints dot[][PARTS]) {
@@ -117,10 +129,11 @@ INLINE void dot_group(const uint8_t *w, const int8_t *x, int64_t stride, const i
 #endif
 }
 
-/* The same for int4 weights as they are stored, w: [4][16][4]. */
-INLINE void dot_group_int4(const uint8_t *w, const int8_t *x, int64_t stride, const int count, ints dot[][PARTS]) {
+/* The same of `width` parts of a block of int4 weights as they are stored, w: [4][16][4] from the first part on. */
+INLINE void dot_group_int4(const uint8_t *w, const int8_t *x, int64_t stride, const int count, const int width,
+                           ints dot[][PARTS]) {
     for (int r = 0; r < count; r++)
-        for (int part = 0; part < PARTS; part++) dot[r][part] = (ints){0};
+        for (int part = 0; part < width; part++) dot[r][part] = (ints){0};
 #if defined(__AVX512VNNI__)
     for (int j = 0; j < 8; j++) {
         __m512i both = _mm512_loadu_si512(w + 64 * (j % 4));
@@ -132,21 +145,27 @@ INLINE void dot_group_int4(const uint8_t *w, const int8_t *x, int64_t stride, co
         }
     }
 #elif defined(__AVX2__)
+    /* All 8 products of a pair fit into 16 bits: 8 * 2 * 15 * 127 < 2^15. */
     const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
-    for (int part = 0; part < 2; part++)
-        for (int j = 0; j < 8; j++) {
-            __m256i both = _mm256_loadu_si256((const __m256i *)(w + 64 * (j % 4) + 32 * part));
-            __m256i weights = _mm256_and_si256(j < 4 ? both : _mm256_srli_epi16(both, 4), low);
+    for (int part = 0; part < width; part++) {
+        __m256i pairs[TILE];
+        for (int j = 0; j < 4; j++) {
+            __m256i both = _mm256_loadu_si256((const __m256i *)(w + 64 * j + 32 * part));
+            __m256i near = _mm256_and_si256(both, low), far = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
             for (int r = 0; r < count; r++) {
-                int32_t four;
+                int32_t four, later;
                 memcpy(&four, x + r * stride + 4 * j, sizeof four);
-                __m256i pairs = _mm256_maddubs_epi16(weights, _mm256_set1_epi32(four));
-                dot[r][part] += (ints)_mm256_madd_epi16(pairs, ones);
+                memcpy(&later, x + r * stride + 4 * j + 16, sizeof later);
+                __m256i sum = _mm256_maddubs_epi16(near, _mm256_set1_epi32(four));
+                sum = j ? _mm256_add_epi16(pairs[r], sum) : sum;
+                pairs[r] = _mm256_add_epi16(sum, _mm256_maddubs_epi16(far, _mm256_set1_epi32(later)));
             }
         }
+        for (int r = 0; r < count; r++) dot[r][part] = (ints)_mm256_madd_epi16(pairs[r], ones);
+    }
 #elif defined(__ARM_FEATURE_DOTPROD)
     for (int j = 0; j < 8; j++)
-        for (int part = 0; part < PARTS; part++) {
+        for (int part = 0; part < width; part++) {
             uint8x16_t both = vld1q_u8(w + 64 * (j % 4) + 16 * part);
             int8x16_t weights = vreinterpretq_s8_u8(j < 4 ? vandq_u8(both, vdupq_n_u8(15)) : vshrq_n_u8(both, 4));
             for (int r = 0; r < count; r++) {
@@ -157,12 +176,50 @@ INLINE void dot_group_int4(const uint8_t *w, const int8_t *x, int64_t stride, co
         }
 #else
     for (int r = 0; r < count; r++)
-        for (int output = 0; output < BLOCK; output++)
+        for (int output = 0; output < width * LANES; output++)
             for (int j = 0; j < 8; j++)
                 for (int i = 0; i < 4; i++)
                     dot[r][output / LANES][output % LANES] +=
                         (w[64 * (j % 4) + 4 * output + i] >> (j < 4 ? 0 : 4) & 15) * x[r * stride + 4 * j + i];
 #endif
+}
+
+/* sum[r]: outputs of `width` parts of a block are added to it, for `count` rows from `row` on; `weight` and `scale` are the
+ * block's, from the first of these parts on. */
+INLINE void add_int4(const uint8_t *weight, const uint16_t *scale, const Rows *rows, int64_t row, const int count,
+                     const int width, const int is_first, floats sum[][PARTS]) {
+    const int64_t groups = rows->inputs / GROUP, size = GROUP * BLOCK / 2;
+    for (int64_t g = 0; g < groups; g++, weight += size, scale += 2 * BLOCK) {
+        ints dot[TILE][PARTS];
+        for (int i = 0; i < size / 64 && is_first; i++) __builtin_prefetch(weight + PREFETCH + 64 * i, 0, 1);
+        dot_group_int4(weight, rows->value + row * rows->inputs + g * GROUP, rows->inputs, count, width, dot);
+        for (int part = 0; part < width; part++) {
+            const floats each = from_half(scale + part * LANES), least = from_half(scale + BLOCK + part * LANES);
+            for (int r = 0; r < count; r++) {
+                const int64_t at = (row + r) * groups + g;
+                sum[r][part] += __builtin_convertvector(dot[r][part], floats) * (each * rows->scale[at]);
+                sum[r][part] += least * rows->sum[at];
+            }
+        }
+    }
+}
+
+/* The same of whole blocks of int8 weights. */
+INLINE void add_int8(const uint8_t *weight, const uint16_t *scale, const Rows *rows, int64_t row, const int count,
+                     floats sum[][PARTS]) {
+    const int64_t groups = rows->inputs / GROUP, size = GROUP * BLOCK;
+    const float *row_scale = rows->scale + row * groups;
+    const int32_t *offset = rows->offset + row * groups;
+    for (int64_t g = 0; g < groups; g++, weight += size, scale += BLOCK) {
+        ints dot[TILE][PARTS];
+        for (int i = 0; i < size / 64; i++) __builtin_prefetch(weight + PREFETCH + 64 * i, 0, 1);
+        dot_group(weight, rows->value + row * rows->inputs + g * GROUP, rows->inputs, offset + g, groups, count, dot);
+        for (int part = 0; part < PARTS; part++) {
+            const floats each = from_bf16(scale + part * LANES);
+            for (int r = 0; r < count; r++)
+                sum[r][part] += __builtin_convertvector(dot[r][part], floats) * (each * row_scale[r * groups + g]);
+        }
+    }
 }
 
 /* out[r]: the outputs of one block for `count` rows from `row` on, bias included. `count` and
@@ -171,29 +228,19 @@ INLINE void block_outputs(const Linear *linear, int64_t block, const Rows *rows,
                           const int bits, floats out[][PARTS]) {
     const int64_t groups = linear->inputs / GROUP, size = GROUP * BLOCK * bits / 8;
     const uint8_t *weight = linear->weight + block * groups * size;
-    const int64_t scales = bits == 4 ? 2 * BLOCK : BLOCK;
-    const uint16_t *scale = linear->scale + block * groups * scales;
-    const int8_t *x = rows->value + row * rows->inputs;
-    const float *row_scale = rows->scale + row * groups, *row_sum = rows->sum + row * groups;
-    const int32_t *offset = rows->offset + row * groups;
+    const uint16_t *scale = linear->scale + block * groups * BLOCK * (bits == 4 ? 2 : 1);
     for (int r = 0; r < count; r++)
         for (int part = 0; part < PARTS; part++)
             out[r][part] = linear->bias ? load(linear->bias + block * BLOCK + part * LANES) : splat(0.0f);
-    for (int64_t g = 0; g < groups; g++, weight += size, scale += scales) {
-        ints dot[TILE][PARTS];
-        for (int i = 0; i < size / 64; i++) __builtin_prefetch(weight + PREFETCH + 64 * i, 0, 1);
-        if (bits == 4) dot_group_int4(weight, x + g * GROUP, rows->inputs, count, dot);
-        else dot_group(weight, x + g * GROUP, rows->inputs, offset + g, groups, count, dot);
+    if (bits == 4 && count > 2) { /* part by part, so that the sums stay in registers */
         for (int part = 0; part < PARTS; part++) {
-            const floats each = bits == 4 ? from_half(scale + part * LANES) : from_bf16(scale + part * LANES);
-            for (int r = 0; r < count; r++)
-                out[r][part] += __builtin_convertvector(dot[r][part], floats) * (each * row_scale[r * groups + g]);
-            if (bits == 4) {
-                const floats least = from_half(scale + BLOCK + part * LANES);
-                for (int r = 0; r < count; r++) out[r][part] += least * row_sum[r * groups + g];
-            }
+            floats sum[TILE][PARTS];
+            for (int r = 0; r < count; r++) sum[r][0] = out[r][part];
+            add_int4(weight + part * 4 * LANES, scale + part * LANES, rows, row, count, 1, part == 0, sum);
+            for (int r = 0; r < count; r++) out[r][part] = sum[r][0];
         }
-    }
+    } else if (bits == 4) add_int4(weight, scale, rows, row, count, PARTS, 1, out);
+    else add_int8(weight, scale, rows, row, count, out);
 }
 
 #endif

@@ -140,7 +140,7 @@ INLINE floats from_half(const half *from) {
 #elif defined(__ARM_NEON)
     return (floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
 #else
-    floats v;
+    floats v = {0};
     for (int i = 0; i < LANES; i++) {
         _Float16 value;
         memcpy(&value, from + i, 2);

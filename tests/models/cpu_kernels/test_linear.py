@@ -53,6 +53,15 @@ def test_numbers_that_the_bits_hold_are_multiplied_exactly(outputs: int, inputs:
     assert error.max() < 3e-6
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_the_largest_products_do_not_overflow(rows: int, sign: int) -> None:
+    weight = torch.full((16, 64), 15.0)
+    weight[:, ::32] = 0  # so that 15 is 15 steps
+    x = torch.full((rows, 64), sign * 127.0)
+    assert torch.equal(PackedLinear(weight, None, 4)(x), x @ weight.T)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 def test_random_numbers_are_as_the_reference_has_them(outputs: int, inputs: int, bits: int) -> None:

@@ -16,6 +16,7 @@ from models.drafters.medusa import DraftRow
 from models.drafters.sequential import SequentialHeads, Shape
 from models.drafters.sequential_drafter import SequentialDrafter, TorchGuesser, scratch_slots
 from models.fused import FusedSequential
+from models.kernels.cpu import PackedLinear
 from models.kv_pool import KVPool
 from models.masks import Mask
 from models.sampling import gumbel_from_keys, noise_key
@@ -203,7 +204,7 @@ def test_the_kernel_agrees_with_torch(heads: SequentialHeads) -> None:
     made, plays = play(heads, [40, 3])
     packed = SequentialDrafter(
         heads,
-        FusedSequential(heads, 100),
+        FusedSequential(heads, PackedLinear(heads.embedding), 100),
         KVPool([heads.shape.kv], NUM_SLOTS + scratch_slots(8, DEPTHS), dtype=torch.float16, device="cpu"),
         NUM_SLOTS,
     )
@@ -223,7 +224,7 @@ def test_trees_grown_in_c_are_those_grown_in_python(heads: SequentialHeads, num_
     found = []
     for is_grown_in_c in (True, False):
         pool = KVPool([heads.shape.kv], NUM_SLOTS + scratch_slots(8, DEPTHS), dtype=torch.float16, device="cpu")
-        made = SequentialDrafter(heads, FusedSequential(heads, 100), pool, NUM_SLOTS)
+        made = SequentialDrafter(heads, FusedSequential(heads, PackedLinear(heads.embedding), 100), pool, NUM_SLOTS)
         if not is_grown_in_c:
             made._grower = None
         torch.manual_seed(2)
