@@ -9,7 +9,8 @@ which is SmartSpec's goodput (arXiv 2406.14066) over dynamic trees. Seconds come
 the best number lies beyond it, so steps and plateaus of the curve need no special care; at saturation it is 0.
 
 Whether the heads are asked at all is decided by the same rule from what they lately brought to such a batch and to this
-request, with the time of asking added. While they do not pay, some requests are asked every now and then.
+request, with the time of asking added. While they do not pay, some requests are asked every now and then, some steps
+in a row: who was not asked for long has much to catch up with, and only the steps behind tell what asking costs.
 
 Invariants:
 - the text does not depend on anything here;
@@ -38,11 +39,11 @@ MAX_OFFERED: Final = 512  # nodes that are looked at in one step; in a crowd no 
 LEAST_OFFERED: Final = 8  # by each request nevertheless
 NUM_DECISIONS: Final = 32  # kept for people
 PROBE_COST: Final = 0.0005  # of the time: what asking the heads once more may cost while they do not pay
-PROBE_EVERY: Final = (16, 400)  # steps, at least and at most
+PROBE_EVERY: Final = (64, 400)  # steps between such runs, at least and at most
+PROBE_RUN: Final = 4  # steps in which the same requests are asked
 PROBED_SHARE: Final = 0.25  # of the requests
 REST_STEPS: Final = 8
-COPIES_REST_STEPS: Final = 24
-CROWD: Final = 9  # requests, of which some can always copy something: that none pays says more than of a few
+COPIES_REST: Final = 24  # steps at most; half as many as requests: in a crowd some can always copy something
 FORGETTING: Final = 0.05  # of a running estimate, with each step
 LEAST_GAIN: Final = 0.05  # in tokens per second, for which heads are asked: estimates are not better than that
 MAX_QUALITY: Final = 4.0
@@ -54,6 +55,7 @@ FIRST_VALUES: Final = [  # before the heads were asked
 PRICED_NODES: Final = 4  # of each request's tree: how far the price of a row looks
 NUM_BUCKETS: Final = 12
 CONTROL_RUN: Final = 8  # control steps in a row
+FIRST_CONTROLS: Final = (40, 3)  # the first so many of each batch size come so many times as often
 
 
 class Bound(NamedTuple):
@@ -76,18 +78,21 @@ class _Gain:
         self.values = [old + rate * (new - old) for old, new in zip(self.values, values, strict=True)]
 
 
-@dataclass(slots=True)
-class Rest:
-    """Steps in which something is not considered, at batches of one size."""
+class Rests:
+    """Steps to come in which something is not considered, by batch size."""
 
-    bucket: int
-    num_steps: int
+    def __init__(self) -> None:
+        self._num_steps = [0] * NUM_BUCKETS
+
+    def start(self, num_decoding: int, num_steps: int) -> None:
+        self._num_steps[bucket(num_decoding)] = num_steps
 
     def takes(self, num_decoding: int) -> bool:
         """Is this step one of them?"""
-        if not self.num_steps or self.bucket != bucket(num_decoding):
+        size = bucket(num_decoding)
+        if not self._num_steps[size]:
             return False
-        self.num_steps -= 1
+        self._num_steps[size] -= 1
         return True
 
 
@@ -100,6 +105,7 @@ class Drafting:
     rooms: list[float]  # the probability that a guess of the heads would matter; 0 for whom they cannot guess
     features: list[Features]  # of one more row of each
     asks: list[float | None] = field(default_factory=list)  # what a guess of the heads must be worth; None: not asked
+    is_steady: bool = True  # were all who are asked asked in the step before, too?
 
     def only(self, some: Sequence[int]) -> Drafting:
         """These of them."""
@@ -109,6 +115,7 @@ class Drafting:
             [self.rooms[i] for i in some],
             [self.features[i] for i in some],
             [self.asks[i] for i in some],
+            self.is_steady,
         )
 
     @property
@@ -139,9 +146,13 @@ class Controller:
         self._control_share = control_share
         self._random = Random(seed)
         self._control_left = 0  # of a run of control steps
+        self._num_controls = [0] * NUM_BUCKETS
         self._gains = [_Gain() for _ in range(NUM_BUCKETS)]
         self._unasked_steps = 0  # since anybody was asked
-        self._rest = self._rest_from_copies = Rest(0, 0)
+        self._asked: set[str] = set()  # requests, in the step before
+        self._probed: set[str] = set()  # requests, in this run of probes
+        self._probes_left = 0
+        self._rests, self._rests_from_copies = Rests(), Rests()
         self._nodes_per_request = float(min(num_nodes, 4))  # lately taken by those who could draft
 
     def bounds(self, requests: Sequence[Request]) -> list[Bound]:
@@ -164,49 +175,64 @@ class Controller:
         """Rows that prompts leave to the trees of those who decode: what these lately took, at most `most`."""
         return min(ceil(self._nodes_per_request * num_decoding), most)
 
-    def is_control_step(self) -> bool:
+    def is_control_step(self, num_decoding: int) -> bool:
         """Is this step to decode plainly, so that it is known what that costs?
 
-        Such steps come in runs: behind steps with trees, whose data are in the caches, the first ones are slower.
+        Such steps come in runs: behind steps with trees, whose data are in the caches, the first ones are slower. While
+        there were few at this batch size, their spread is most of what is uncertain of the speedup: they come oftener.
         """
+        size, (few, factor) = bucket(num_decoding), FIRST_CONTROLS
+        share = min(self._control_share * (factor if self._num_controls[size] < few else 1), 1.0)
         if self._control_left:
             self._control_left -= 1
-            return True
-        share = self._control_share
-        if self._random.random() * (share + CONTROL_RUN * (1 - share)) < share:
+        elif self._random.random() * (share + CONTROL_RUN * (1 - share)) < share:
             self._control_left = CONTROL_RUN - 1
-            return True
-        return False
+        else:
+            return False
+        self._num_controls[size] += 1
+        return True
 
     def considers_heads(self, num_decoding: int) -> bool:
         """Is it to be looked at who might ask? Not for some steps after it paid for nobody in such a batch."""
-        if not self._rest.takes(num_decoding):
+        if not self._rests.takes(num_decoding):
             return True
         self._unasked_steps += 1
+        self._asked.clear()
         return False
 
     def considers_copies(self, num_decoding: int) -> bool:
         """Is it to be looked at what may be copied? Not for some steps after no node at all was worth its row."""
-        return not self._rest_from_copies.takes(num_decoding)
+        return not self._rests_from_copies.takes(num_decoding)
 
     def ask(self, load: Load, drafting: Drafting) -> list[float | None]:
         """Whom the heads are to guess for, and what a guess must be worth to pay."""
+        requests = drafting.requests
         able = [i for i, room in enumerate(drafting.rooms) if room > 0]
-        if not able:
-            return [None] * len(drafting.rooms)
-        chosen = set(self._worth_asking(load, drafting))
+        chosen = self._worth_asking(load, drafting) or self._probe(load, drafting, able)
         if chosen:
             self._unasked_steps = 0
-        elif self._is_probing(load):
-            self._unasked_steps = 0
-            chosen = set(self._random.sample(able, ceil(len(able) * PROBED_SHARE)))
-        else:
+        elif able:
             self._unasked_steps += 1
-            self._rest = Rest(bucket(load.num_decoding), REST_STEPS)
-        price = self._price(load, len(chosen))
-        return [price if i in chosen else None for i in range(len(drafting.rooms))]
+            self._rests.start(load.num_decoding, REST_STEPS)
+        asked = {requests[i].id for i in chosen}
+        drafting.is_steady = asked <= self._asked
+        self._asked = asked
+        price, asking = self.price(load, len(chosen)), set(chosen)
+        return [price if i in asking else None for i in range(len(requests))]
 
-    def _price(self, load: Load, num_asking: int) -> float:
+    def _probe(self, load: Load, drafting: Drafting, able: Sequence[int]) -> list[int]:
+        """Some of the able, if they are to be asked although it did not pay lately."""
+        requests = drafting.requests
+        if self._probes_left:
+            self._probes_left -= 1
+        elif able and self._is_probing(load):
+            self._probes_left = PROBE_RUN - 1
+            self._probed = {requests[i].id for i in self._random.sample(able, ceil(len(able) * PROBED_SHARE))}
+        else:
+            return []
+        return [i for i in able if requests[i].id in self._probed]
+
+    def price(self, load: Load, num_asking: int) -> float:
         """Tokens that plain decoding makes in the time of one row of a tree: what a node must be worth at the least."""
         plain = self.cost.step_seconds(load)
         if not self.cost.run.is_known or not num_asking or not plain:
@@ -216,9 +242,9 @@ class Controller:
         return self._worth(load) * more / rows / plain
 
     def _is_probing(self, load: Load) -> bool:
-        """Are some to be asked once more although it did not pay lately?"""
+        """Has it been long enough?"""
         step, draft = self.cost.step_seconds(load), self.cost.draft_seconds(load.num_decoding)
-        steps = PROBED_SHARE * draft / (PROBE_COST * step) if step > 0 else 0.0
+        steps = PROBE_RUN * PROBED_SHARE * draft / (PROBE_COST * step) if step > 0 else 0.0
         return self._unasked_steps >= min(max(steps, PROBE_EVERY[0]), PROBE_EVERY[1])
 
     def _worth_asking(self, load: Load, drafting: Drafting) -> list[int]:
@@ -258,8 +284,8 @@ class Controller:
         counts = [0] * len(drafts)
         for _, i in taken:
             counts[i] += 1
-        if not taken and load.num_decoding >= CROWD:
-            self._rest_from_copies = Rest(bucket(load.num_decoding), COPIES_REST_STEPS)
+        if not taken:
+            self._rests_from_copies.start(load.num_decoding, min(load.num_decoding // 2, COPIES_REST))
         self._learn(load, drafting, drafts, counts)
         self._note(load, drafting.num_asking, num_offered, [-cost for cost, _ in taken])
         return counts

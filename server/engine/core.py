@@ -175,7 +175,8 @@ class Engine:
             cost.learn_run(num_rows, features, self._run_seconds)
             others = taken - self._run_seconds
             if trees.num_asking:
-                cost.draft.take(trees.num_asking, others - cost.rest.seconds(load.num_decoding))
+                if trees.is_steady:  # or it would be the cost of catching up
+                    cost.draft.take(trees.num_asking, others - cost.rest.seconds(load.num_decoding))
             else:
                 cost.rest.take(load.num_decoding, others - trees.draft_seconds)
         return taken, plain

@@ -34,7 +34,7 @@ from models.drafters.sequential import SequentialHeads
 from models.drafters.sequential_drafter import SequentialDrafter, TorchGuesser, scratch_slots
 from models.fused import FusedSequential, can_fuse_drafter
 from models.grammar import GrammarError, Grammars, GrammarState
-from models.kernels.cpu import take_seconds
+from models.kernels.cpu import PackedLinear, take_seconds
 from models.kv_pool import KVPool
 from models.kv_pool import Shape as KVShape
 from models.masks import Mask
@@ -99,7 +99,9 @@ class Runner:
             quantize(backbone, config.quantization)
             built = None if build is None else build(backbone)
             heads = PackedHeads(built) if backbone.is_packed and isinstance(built, ResBlockHeads) else built
-            runner = cls(backbone, heads or own_heads(backbone), config)
+            own = None if heads is not None else own_heads(backbone)
+            backbone.forget_embeddings()
+            runner = cls(backbone, heads or own, config)
         except (BackboneError, CheckpointError) as error:
             raise StartupError(str(error)) from error
         runner.grammars.prepare()
@@ -343,9 +345,11 @@ class Runner:
         num_chain = len(hidden) - len(work.node_tokens)
         if self.drafter is None or not num_chain or not _speculates(work.request):
             return
-        chosen = [*range(num_chain), *(num_chain + node for node in path)]
-        is_start = chosen[-1] == len(chosen) - 1
-        states = hidden[: len(chosen)] if is_start else hidden[chosen]
+        states = hidden
+        if work.node_tokens:
+            chosen = [*range(num_chain), *(num_chain + node for node in path)]
+            is_start = chosen[-1] == len(chosen) - 1
+            states = hidden[: len(chosen)] if is_start else hidden[chosen]
         self.drafter.remember(work.request.id, work.start + work.num_chain - num_chain, states)
 
     def _accept(self, work: Work, rows: Sequence[Row], sampled: Sequence[int], logits: Tensor) -> tuple[int, ...]:
@@ -412,8 +416,10 @@ def _sequential(
     total = num_slots + scratch_slots(max_num_seqs, heads.num_heads)
     pool = KVPool([heads.shape.kv], total, dtype=backbone.kv_dtype, device=heads.device)
     is_fused = backbone.is_packed and can_fuse_drafter(heads)
-    guesser = FusedSequential(heads, num_positions) if is_fused else TorchGuesser(heads)
-    return SequentialDrafter(heads, guesser, pool, num_slots)
+    if not is_fused:
+        return SequentialDrafter(heads, TorchGuesser(heads), pool, num_slots)
+    embedding = backbone.packed_embedding or PackedLinear(heads.embedding)
+    return SequentialDrafter(heads, FusedSequential(heads, embedding, num_positions), pool, num_slots)
 
 
 def _limits(config: EngineConfig, backbone: Backbone, layers: Sequence[KVShape]) -> tuple[int, int]:

@@ -26,6 +26,7 @@ class Trees:
     num_nodes: int = 0
     node_features: Features = (0.0,) * len(FEATURES)
     num_asking: int = 0
+    is_steady: bool = True  # see `Drafting`
     draft_seconds: float = 0.0
     is_control: bool = False
 
@@ -39,18 +40,22 @@ def grow(
 ) -> Trees:
     """Draft for decoding requests and hang what pays below their roots."""
     load = _load(works)
+    if not load.num_decoding:
+        return Trees(load)
     heads, copies = controller.considers_heads(load.num_decoding), controller.considers_copies(load.num_decoding)
     able = _able(works, runner, heads=heads, copies=copies)
     bounds = controller.bounds([work.request for work in able])
     chosen = [(work, bound) for work, bound in zip(able, bounds, strict=True) if any(bound)]
-    if not chosen:
+    if not chosen and heads and copies:
         return Trees(load)
-    if controller.is_control_step():
+    if controller.is_control_step(load.num_decoding):
         controller.note_control(load)
         return Trees(load, is_control=True)
+    if not chosen:
+        return Trees(load)
     able, bounds = [work for work, _ in chosen], [bound for _, bound in chosen]
-    drafting = _drafting([work.request for work in able], bounds, runner)
-    drafting.asks = controller.ask(load, drafting)
+    drafting = _drafting([work.request for work in able], bounds, runner, heads=heads)
+    drafting.asks = controller.ask(load, drafting) if heads else [None] * len(able)
     guessing = [
         i
         for i, request in enumerate(drafting.requests)
@@ -69,6 +74,7 @@ def grow(
         sum(counts),
         _summed([(count, row) for count, row in zip(counts, drafting.features, strict=True) if count]),
         drafting.num_asking,
+        drafting.is_steady,
         seconds,
     )
 
@@ -86,9 +92,9 @@ def _able(works: Sequence[Work], runner: ModelRunner, *, heads: bool, copies: bo
     return [work for work, can in zip(ending, found, strict=True) if can]
 
 
-def _drafting(requests: list[Request], bounds: list[Bound], runner: ModelRunner) -> Drafting:
+def _drafting(requests: list[Request], bounds: list[Bound], runner: ModelRunner, *, heads: bool) -> Drafting:
     rooms = [
-        runner.room_for_heads(request) if bound.guesses else 0.0
+        runner.room_for_heads(request) if heads and bound.guesses else 0.0
         for request, bound in zip(requests, bounds, strict=True)
     ]
     return Drafting(requests, bounds, rooms, [_row(request, request.num_computed) for request in requests])

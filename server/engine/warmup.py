@@ -14,7 +14,7 @@ from typing import Final
 
 from server.engine.controller import MAX_NODES, Bound
 from server.engine.core import Engine
-from server.engine.cost import USUAL_KEYS
+from server.engine.cost import FEATURES, USUAL_KEYS, Load
 from server.engine.messages import DraftSource, SamplingParams, Submit
 from server.engine.request import Request, Work
 
@@ -49,7 +49,7 @@ REPEATS: Final = 5
 LONG: Final = 0.1  # seconds, after which a measurement is not repeated but once
 FEW_ROWS: Final = 4
 MANY_KEYS: Final = 512
-LEAST_VALUE: Final = 0.1  # of a guess, when drafting is measured
+NOTHING: Final = (0.0,) * len(FEATURES)
 GREEDY: Final = SamplingParams(2**20, temperature=0)
 SAMPLED: Final = SamplingParams(2**20, temperature=0.8)
 
@@ -119,7 +119,9 @@ class _WarmUp:
 
     def _draft_seconds(self, num_asking: int) -> float:
         requests = [work.request for work in self._run([self._work(1, place) for place in range(num_asking)])]
-        bounds, asks = [Bound(8, 0)] * num_asking, [LEAST_VALUE] * num_asking
+        load = Load(num_asking, 0, num_asking, NOTHING, NOTHING)
+        price = self._engine.controller.price(load, num_asking)
+        bounds, asks = [Bound(8, 0)] * num_asking, [price] * num_asking
         try:
             return _least(lambda: self._engine.runner.draft(requests, bounds, asks))
         finally:

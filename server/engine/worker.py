@@ -11,6 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import logging
 import queue
@@ -64,6 +65,8 @@ def _load(config: EngineConfig) -> Engine:
     engine = Engine(config, runner)
     warm_up(engine)
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what loading has freed: some 60 MB
+        ctypes.CDLL(None).malloc_trim(0)
     gc.freeze()  # collecting what torch and transformers brought along would take as long as 30 steps
     return engine
 

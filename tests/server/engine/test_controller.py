@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from server.engine.controller import (
     CONTROL_RUN,
+    FIRST_CONTROLS,
     MAX_FORCED,
     MAX_NODES,
     PROBE_COST,
+    PROBE_RUN,
     PROBED_SHARE,
     Bound,
     Controller,
@@ -29,9 +31,11 @@ NOTHING = (0.0, 0.0, 0.0, 0.0)
 GOOD = (0.9, 0.8, 0.7, 0.6)
 
 
-def request(max_nodes: int | None = None, mode: SpeculationMode = "lossless", grammar: str | None = None) -> Request:
+def request(
+    max_nodes: int | None = None, mode: SpeculationMode = "lossless", grammar: str | None = None, name: str = "r"
+) -> Request:
     sampling = SamplingParams(9, grammar=grammar)
-    return Request(Submit("r", (1,), sampling, SpeculationParams(mode, max_nodes)), 0, 0.0)
+    return Request(Submit(name, (1,), sampling, SpeculationParams(mode, max_nodes)), 0, 0.0)
 
 
 def cost(points: dict[int, float], *, draft: float = 0.0, rest: float = 0.0) -> CostModel:
@@ -49,7 +53,7 @@ def pure(num_decoding: int) -> Load:
 
 
 def drafting(count: int, *, asks: float | None = 0.0) -> Drafting:
-    requests = [request() for _ in range(count)]
+    requests = [request(name=f"r{i}") for i in range(count)]
     return Drafting(requests, [Bound(MAX_NODES, 0)] * count, [1.0] * count, [NOTHING] * count, [asks] * count)
 
 
@@ -129,16 +133,40 @@ def test_heads_are_asked_where_they_pay_at_a_price() -> None:
 
 
 def test_where_they_do_not_pay_they_rest_and_few_are_probed() -> None:
-    controller = Controller(cost(STEEP, draft=4.0), 32)  # probes take 1 s, the least of steps 8
+    controller = Controller(cost(STEEP, draft=1.0), 32)  # probes take 0.25 s, the least of steps 8
     load, asked, considered = pure(8), [], 0
     for _ in range(4000):
         if controller.considers_heads(8):
             considered += 1
             asked.append(sum(ask is not None for ask in controller.ask(load, drafting(8, asks=None))))
-    probes = [count for count in asked if count]
-    assert set(probes) == {8 * PROBED_SHARE}
-    assert len(probes) == pytest.approx(4000 * 8 * PROBE_COST / 1.0, rel=0.1)
-    assert considered < 4000 / 8
+    runs = [list(run) for is_probe, run in itertools.groupby(asked, bool) if is_probe]
+    assert all(run == [8 * PROBED_SHARE] * PROBE_RUN for run in runs)
+    assert len(runs) * PROBE_RUN == pytest.approx(4000 * 8 * PROBE_COST / 0.25, rel=0.1)
+    assert considered < 4000 / 8 + PROBE_RUN * len(runs)
+
+
+def test_probes_ask_the_same_and_only_the_first_has_much_to_catch_up_with() -> None:
+    controller = Controller(cost(STEEP, draft=4.0), 32)
+    probes, steady = [], []
+    while len(probes) < 2 * PROBE_RUN:
+        each = drafting(8, asks=None)
+        if controller.considers_heads(8):
+            asks = controller.ask(pure(8), each)
+            if any(ask is not None for ask in asks):
+                probes.append(tuple(i for i, ask in enumerate(asks) if ask is not None))
+                steady.append(each.is_steady)
+    assert len(set(probes[:PROBE_RUN])) == len(set(probes[PROBE_RUN:])) == 1
+    assert steady == [False, *[True] * (PROBE_RUN - 1)] * 2
+
+
+def test_who_joins_those_who_are_asked_has_to_catch_up() -> None:
+    controller = Controller(cost(FLAT), 32)
+    steady = []
+    for count in (2, 2, 3, 3, 1):
+        each = drafting(count, asks=None)
+        assert None not in controller.ask(pure(count), each)
+        steady.append(each.is_steady)
+    assert steady == [False, True, False, True, True]
 
 
 def test_when_they_pay_again_it_is_noticed() -> None:
@@ -163,19 +191,33 @@ def test_when_they_pay_again_it_is_noticed() -> None:
 
 def test_in_a_crowd_that_copies_nothing_worth_its_row_nobody_looks() -> None:
     controller = Controller(cost(STEEP), 32)
-    for size, looks in ((2, True), (20, False)):
+    for size, looks in ((1, True), (20, False)):
         controller.choose(pure(size), drafting(size, asks=None), [draft(0.5)] * size, 99)
         assert controller.considers_copies(size) is looks
     assert controller.considers_copies(40)  # another size, another answer
+    assert not controller.considers_copies(20)  # which is remembered for each
 
 
 def test_control_steps_come_in_runs_and_as_often_as_wanted() -> None:
     controller = Controller(CostModel(), 8, control_share=0.05)
-    steps = [controller.is_control_step() for _ in range(40_000)]
+    steps = [controller.is_control_step(1) for _ in range(40_000)]
     assert sum(steps) / len(steps) == pytest.approx(0.05, rel=0.25)
     lengths = [len(list(run)) for is_control, run in itertools.groupby(steps) if is_control]
     assert all(length % CONTROL_RUN == 0 for length in lengths[:-1])
-    assert not any(Controller(CostModel(), 8).is_control_step() for _ in range(1000))
+    assert not any(Controller(CostModel(), 8).is_control_step(1) for _ in range(1000))
+
+
+def test_the_first_control_steps_of_each_batch_size_come_sooner() -> None:
+    share = 0.05 * FIRST_CONTROLS[1]
+    waited: dict[int, list[int]] = {1: [], 64: []}
+    for seed in range(200):
+        controller = Controller(CostModel(), 8, control_share=0.05, seed=seed)
+        for size, waits in waited.items():
+            waits.append(next(n for n in itertools.count() if controller.is_control_step(size)))
+            while controller.is_control_step(size):
+                pass
+    for waits in waited.values():
+        assert sum(waits) / len(waits) == pytest.approx(CONTROL_RUN * (1 - share) / share, rel=0.3)
 
 
 def test_what_was_decided_is_told() -> None:

@@ -66,6 +66,13 @@ def test_a_control_step_drafts_nothing() -> None:
     assert (trees.is_control, trees.num_nodes, runner.drafted) == (True, 0, [])
 
 
+def test_control_steps_come_while_all_rest_too() -> None:
+    runner, controller = Watched(), Controller(CostModel(), 6, control_share=1.0)
+    runner.copies = False
+    controller.considers_heads = lambda num_decoding: False  # type: ignore[method-assign]
+    assert step(runner, controller)[1].is_control
+
+
 def test_nobody_is_drafted_for_in_vain() -> None:
     runner = Watched()
     runner.copies, runner.ready = False, {"1"}
