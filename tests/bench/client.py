@@ -160,16 +160,16 @@ class _Reply:
 
 
 def read(side: Side, recording: Recording) -> Sample:
-    """What the recorded bytes say. Raises BenchError for any answer but a complete one."""
+    """What the recorded bytes say. Raises BenchError for any answer but a complete one, which may be empty."""
     reply, prompt = _parse(side, recording), recording.prompt
-    if reply.first is None or not reply.usage:
-        raise BenchError(f"{side.name} answered {prompt.user[:80]!r} without any text or without its usage")
+    if not reply.usage:
+        raise BenchError(f"{side.name} answered {prompt.user[:80]!r} without its usage")
     return Sample(
         prompt=prompt,
         text="".join(reply.text),
         num_prompt_tokens=reply.usage["prompt_tokens"],
         num_tokens=reply.usage["completion_tokens"],
-        first_token_seconds=reply.first - recording.started,
+        first_token_seconds=(reply.first or reply.now) - recording.started,
         seconds=reply.now - recording.started,
         num_spec_steps=reply.speculation.get("num_spec_steps", 0),
         num_accepted=reply.speculation.get("num_accepted_draft_tokens", 0),

@@ -118,7 +118,7 @@ class Dynamic:
         controller = self._controller
         if not controller.considers_heads(load.num_decoding):
             return Plain().take(load, walkers)
-        if controller.is_control_step():
+        if controller.is_control_step(load.num_decoding):
             controller.note_control(load)
             return Plain().take(load, walkers)
         steps, requests = [walker.step for walker in walkers], [walker.request for walker in walkers]

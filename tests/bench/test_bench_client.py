@@ -55,13 +55,19 @@ def test_the_first_token_is_the_first_text() -> None:
     assert read(Side("side", 1, "model"), Recording(PROMPT, 0.5, pieces)).first_token_seconds == 2.5
 
 
+async def test_an_answer_may_end_before_any_text() -> None:
+    with fake_server(CHUNKS[3:], 200) as (port, _):
+        sample = await ask(port)
+    assert sample.text == ""
+    assert sample.first_token_seconds == sample.seconds > 0
+
+
 @pytest.mark.parametrize(
     ("chunks", "status", "message"),
     [
         (CHUNKS, 500, "answered 500"),
         (({"error": {"message": "engine gone"}},), 200, "engine gone"),
         (CHUNKS[:3], 200, "usage"),
-        (CHUNKS[3:], 200, "without any text"),
     ],
 )
 async def test_incomplete_answers_are_errors(chunks: tuple[dict, ...], status: int, message: str) -> None:
