@@ -26,6 +26,8 @@ from jinja2 import TemplateError
 
 from models.errors import UsageError
 
+VALIDATION_FRACTION = 0.06
+
 
 class DataError(UsageError):
     """Training data cannot be used; the message says which and what to do."""

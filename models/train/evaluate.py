@@ -24,14 +24,12 @@ from models.sequential_checkpoint import build_sequential, is_sequential, read_s
 from models.source import resolve
 from models.train.acceptance import Text
 from models.train.command import run
-from models.train.data import DataError, Example, encode_rows, read_rows
+from models.train.data import VALIDATION_FRACTION, DataError, Example, encode_rows, read_rows
 from models.train.designs import AnyHeads, count_parameters, describe, inner_layers, rank
 from models.train.machine import this_machine
 from models.train.report import REQUESTS, SIZES, Design, Report, Setting, judge, markdown, write_report
 from models.train.step_times import Measure, StepTimes, Trial
 from models.train.trunk import check_device, forward_with_hidden, load_trunk
-
-VALIDATION_FRACTION = 0.06
 
 
 def held_out(examples: Sequence[Example]) -> list[int]:

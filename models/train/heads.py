@@ -35,10 +35,10 @@ from models.source import OWN_HEADS, resolve
 from models.train.acceptance import Text, measure_accuracies, tau_by_nodes
 from models.train.card import model_card
 from models.train.command import positive, run
-from models.train.data import DataError, Example, encode_rows, read_rows
+from models.train.data import VALIDATION_FRACTION, DataError, Example, encode_rows, read_rows
 from models.train.designs import DESIGNS, AnyHeads, Sizes, count_parameters, rank
 from models.train.distill import Distiller, History, Recipe, draft_vocabulary, teachable
-from models.train.evaluate import VALIDATION_FRACTION, held_out, prompts, time_steps
+from models.train.evaluate import held_out, prompts, time_steps
 from models.train.machine import this_machine
 from models.train.medusa2 import Joint, train_jointly
 from models.train.report import REQUESTS, SIZES, Report, Setting, judge, write_report

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from models.train.data import VALIDATION_FRACTION, is_held_out
 from tests.bench.client import Prompt
 from tests.bench.workload import MIN_PROMPTS, FreshPlan, LoadPlan, MixedPlan, Plan, PrefillPlan, read_prompts
 
@@ -52,6 +55,14 @@ def test_a_system_message_is_sent_only_where_there_is_one() -> None:
 def test_prompts_are_lines(tmp_path) -> None:
     (tmp_path / "prompts.txt").write_text("one\n\ntwo, and a bit\n")
     assert read_prompts(tmp_path / "prompts.txt") == (Prompt("one"), Prompt("two, and a bit"))
+
+
+def test_of_training_data_only_held_out_questions_are_asked(tmp_path) -> None:
+    rows = [{"q": f"question {i}", "a": "answer"} for i in range(400)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = [prompt.user for prompt in read_prompts(tmp_path / "data.jsonl")]
+    assert asked == [row["q"] for row in rows if is_held_out(row["q"], VALIDATION_FRACTION)]
+    assert 10 < len(asked) < 40
 
 
 def test_a_load_is_so_many_requests_of_each_stream() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from models.train.data import VALIDATION_FRACTION, is_held_out, read_rows
 from tests.bench.client import Prompt
 
 MIN_PROMPTS = 4  # of one round
@@ -100,5 +101,8 @@ class PrefillPlan(Plan):
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
-    """One prompt a line; empty lines are left out."""
+    """One prompt a line, empty lines left out; of training data (.jsonl) the openings that training holds out."""
+    if path.suffix == ".jsonl":
+        chats = [row for row in read_rows([path]) if row.messages and is_held_out(row.key, VALIDATION_FRACTION)]
+        return tuple(Prompt(row.messages[0]["content"]) for row in chats if row.messages[0]["role"] == "user")
     return tuple(Prompt(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
