@@ -49,7 +49,7 @@ typedef struct {
 
 /* What one thread works with. */
 typedef struct {
-    float keys[KEYS * MAX_DIM], values[KEYS * MAX_DIM];
+    _Alignas(64) float keys[KEYS * MAX_DIM], values[KEYS * MAX_DIM];
     float scores[TOGETHER][KEYS], most[QUERY_ROWS * 64], total[QUERY_ROWS * 64];
 } Scratch;
 
