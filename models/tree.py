@@ -69,22 +69,28 @@ class Guess(NamedTuple):
 def merge(drafts: Sequence[Sequence[Guess]], num_nodes: int, min_value: float = 0.0) -> list[Guess]:
     """The best `num_nodes` guesses of all drafts that are worth `min_value`, as one draft.
 
-    Equal paths are one node, of the draft named first. What a draft guesses matters only where those before it are
-    wrong, so its values count by what the first tokens of those leave over.
+    Equal paths are one node, of the draft named first; below a right parent it is wrong only if all drafts that guess
+    it are. Where a draft guesses otherwise than those before it, its guesses count by what those leave over there.
     """
     merged: list[Guess] = []
+    chances: list[float] = []  # that a node is right, if its parent is
     index: dict[tuple[int, int], int] = {}  # parent and token -> node
-    left_over = 1.0
     for draft in drafts:
+        claimed: dict[int, float] = {}  # by the drafts before, below a node
+        for guess, chance in zip(merged, chances, strict=True):
+            claimed[guess.parent] = claimed.get(guess.parent, 0.0) + chance
         nodes = {-1: -1}  # of the draft -> merged
         for i, guess in enumerate(draft):
-            parent, value = nodes[guess.parent], guess.value * left_over
+            parent, above = nodes[guess.parent], draft[guess.parent].value if guess.parent >= 0 else 1.0
+            chance = guess.value / above if above > 0 else 0.0
             node = nodes[i] = index.setdefault((parent, guess.token), len(merged))
             if node == len(merged):
-                merged.append(guess._replace(parent=parent, value=value))
-            elif value > merged[node].value:
-                merged[node] = merged[node]._replace(value=value)
-        left_over = max(1.0 - sum(guess.value for guess in merged if guess.parent < 0), 0.0)
+                merged.append(guess._replace(parent=parent))
+                chances.append(chance * max(1.0 - claimed.get(parent, 0.0), 0.0))
+            else:
+                chances[node] = 1.0 - (1.0 - chances[node]) * (1.0 - chance)
+    for node, (guess, chance) in enumerate(zip(merged, chances, strict=True)):
+        merged[node] = guess._replace(value=chance * (merged[guess.parent].value if guess.parent >= 0 else 1.0))
     return _best(merged, num_nodes, min_value)
 
 

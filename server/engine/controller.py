@@ -38,14 +38,17 @@ MAX_FORCED: Final = 15  # tokens that a grammar forces, per step: more of them p
 MAX_OFFERED: Final = 512  # nodes that are looked at in one step; in a crowd no tree gets large
 LEAST_OFFERED: Final = 8  # by each request nevertheless
 NUM_DECISIONS: Final = 32  # kept for people
-PROBE_COST: Final = 0.0005  # of the time: what asking the heads once more may cost while they do not pay
-PROBE_EVERY: Final = (64, 400)  # steps between such runs, at least and at most
+PROBE_COST: Final = 0.002  # of the time: what asking the heads once more may cost while they do not pay
+PROBE_EVERY: Final = (32, 400)  # steps between such runs, at least and at most
 PROBE_RUN: Final = 4  # steps in which the same requests are asked
 PROBED_SHARE: Final = 0.25  # of the requests
 REST_STEPS: Final = 8
+USUAL_ROOM: Final = 0.8  # of a request for the heads; now and then copies leave less
 COPIES_REST: Final = 24  # steps at most; half as many as requests: in a crowd some can always copy something
 FORGETTING: Final = 0.05  # of a running estimate, with each step
-LEAST_GAIN: Final = 0.05  # in tokens per second, for which heads are asked: estimates are not better than that
+SLOW_FORGETTING: Final = 0.002  # of what is usual
+FADING: Final = 0.02  # of what was not usual, with each step in which nobody looks
+LEAST_GAIN: Final = 0.02  # in tokens per second, for which heads are asked: estimates are not better than that
 MAX_QUALITY: Final = 4.0
 MAX_PROFILED: Final = 8  # nodes of each request that are remembered when it is judged who should ask
 PARTS: Final = 4
@@ -65,17 +68,30 @@ class Bound(NamedTuple):
     forced: int  # besides, for tokens that a grammar forces
 
 
-@dataclass(slots=True)
 class _Gain:
-    """What the heads lately offered, in batches of one size."""
+    """What the heads offer in batches of one size: the values of all nodes, best first, see `_profile`.
 
-    values: list[float] = field(default_factory=lambda: list(FIRST_VALUES))  # of all nodes, best first: see `_profile`
-    num_seen: int = 0
+    While nobody asks, what was seen last says less and less, and what was usual is expected again.
+    """
+
+    def __init__(self) -> None:
+        self.values: Sequence[float] = FIRST_VALUES
+        self._usual: Sequence[float] = FIRST_VALUES
+        self._num_seen = 0
 
     def learn(self, values: Sequence[float]) -> None:
-        self.num_seen += 1
-        rate = max(FORGETTING, 1 / (1 + self.num_seen))
-        self.values = [old + rate * (new - old) for old, new in zip(self.values, values, strict=True)]
+        self._num_seen += 1
+        first = 1 / (1 + self._num_seen)
+        self.values = _moved(self.values, values, max(FORGETTING, first))
+        self._usual = _moved(self._usual, values, max(SLOW_FORGETTING, first))
+
+    def fade(self) -> None:
+        """A step in which nobody asked."""
+        self.values = _moved(self.values, self._usual, FADING)
+
+
+def _moved(old: Sequence[float], new: Sequence[float], rate: float) -> list[float]:
+    return [a + rate * (b - a) for a, b in zip(old, new, strict=True)]
 
 
 class Rests:
@@ -196,9 +212,13 @@ class Controller:
         """Is it to be looked at who might ask? Not for some steps after it paid for nobody in such a batch."""
         if not self._rests.takes(num_decoding):
             return True
-        self._unasked_steps += 1
+        self._leave_unasked(num_decoding)
         self._asked.clear()
         return False
+
+    def _leave_unasked(self, num_decoding: int) -> None:
+        self._unasked_steps += 1
+        self._gains[bucket(num_decoding)].fade()
 
     def considers_copies(self, num_decoding: int) -> bool:
         """Is it to be looked at what may be copied? Not for some steps after no node at all was worth its row."""
@@ -212,8 +232,9 @@ class Controller:
         if chosen:
             self._unasked_steps = 0
         elif able:
-            self._unasked_steps += 1
-            self._rests.start(load.num_decoding, REST_STEPS)
+            self._leave_unasked(load.num_decoding)
+            if sum([drafting.rooms[i] for i in able]) >= USUAL_ROOM * len(able):  # else it may pay in the next step
+                self._rests.start(load.num_decoding, REST_STEPS)
         asked = {requests[i].id for i in chosen}
         drafting.is_steady = asked <= self._asked
         self._asked = asked

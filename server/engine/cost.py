@@ -33,11 +33,11 @@ FEATURES: Final = ("keys", "requests", "sampled rows", "constrained rows")  # of
 LEAST_SHARE: Final = 0.1
 FIRST_EXTRAS: Final = (1e-9, 2e-5, 5e-5, 5e-5)  # seconds each, until measured
 MOST: Final = 0.3  # of the logarithm of measured over expected; what is beyond is an outlier
-RATE: Final = 0.02  # of a knot, with each step at it: nodes are chosen by differences of a few percent
+RATE: Final = 0.01  # of a knot, with each step at it: nodes are chosen by differences of a few percent
 FADING: Final = 0.998  # of what was measured at a knot, with each step: where steps are rare they say more
-LEVEL_RATE: Final = 0.01  # of the whole curve: a machine that is slower today is slower everywhere
+LEVEL_RATE: Final = 0.05  # of everything: a machine that is slower now is slower everywhere, and only ratios decide
 EXTRA_RATE: Final = 0.02
-MEASURED: Final = 20.0  # steps that a measurement at the start counts for
+MEASURED: Final = 50.0  # steps that a measurement at the start counts for
 
 
 class Curve:
@@ -81,14 +81,18 @@ class Curve:
         left = max(right - 1, 0)
         width = self._knots[right] - self._knots[left]
         share = min(max((x - self._knots[left]) / width, 0.0), 1.0) if width else 1.0
-        level = exp(LEVEL_RATE * surprise)
-        self._seconds = [seconds * level for seconds in self._seconds]
         self._counts = [count * FADING for count in self._counts]
         for knot, weight in ((left, 1 - share), (right, share)):
             rate = max(RATE, 1 / (1 + self._counts[knot]))
             self._seconds[knot] *= exp(rate * weight * surprise)
             self._counts[knot] += weight
         self._line = None
+
+    def scale(self, factor: float) -> None:
+        """All of it takes `factor` times as long."""
+        self._seconds = [seconds * factor for seconds in self._seconds]
+        if self._line is not None:
+            self._line = [seconds * factor for seconds in self._line]
 
     def take(self, x: float, seconds: float) -> None:
         """One measurement of the whole."""
@@ -177,9 +181,12 @@ class CostModel:
         parts = list(map(mul, features, self._extras))
         expected = total(self.run.seconds(num_rows), sum(parts))
         surprise = _clipped(seconds, expected)
+        level = exp(LEVEL_RATE * surprise)
         self.run.learn(num_rows, surprise)
+        for curve in (self.run, self.draft, self.rest):
+            curve.scale(level)
         self._extras = [
-            extra * exp(EXTRA_RATE * surprise * part / expected)
+            extra * level * exp(EXTRA_RATE * surprise * part / expected)
             for extra, part in zip(self._extras, parts, strict=True)
         ]
 

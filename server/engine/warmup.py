@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import count
+from statistics import median
 from time import perf_counter
 from typing import Final
 
@@ -45,6 +46,8 @@ ROWS: Final = (
 )  # telling ones first
 ASKING: Final = (1, 16, 4, 64)
 BUDGET: Final = 3.0  # seconds
+ROUNDS: Final = (15, 3)  # of few and of many rows: trees are chosen by what single rows cost
+FEW: Final = 12  # rows that a tree or a small batch has
 REPEATS: Final = 5
 LONG: Final = 0.1  # seconds, after which a measurement is not repeated but once
 FEW_ROWS: Final = 4
@@ -77,7 +80,8 @@ class _WarmUp:
         most = min(self._engine.max_rows, len(self._slots))
         self._seconds_of(self._tree(min(8, most)))  # what is compiled or cached at first use
         usual, many = self._num_keys(USUAL_KEYS), self._num_keys(MANY_KEYS)
-        points = self._in_rounds([rows for rows in ROWS if rows <= most], usual, deadline)
+        points = self._in_rounds([rows for rows in ROWS if rows <= min(FEW, most)], usual, ROUNDS[0], deadline)
+        points |= self._in_rounds([rows for rows in ROWS if FEW < rows <= most], usual, ROUNDS[1], deadline)
         few = min(FEW_ROWS, most)
         seconds = points.get(few)
         if seconds is not None and many > usual:
@@ -90,20 +94,19 @@ class _WarmUp:
             most = min(most, self._engine.scheduler.max_num_seqs)
             cost.draft.measure([(n, self._draft_seconds(n)) for n in ASKING if n <= most])
 
-    def _in_rounds(self, sizes: Sequence[int], num_keys: int, deadline: float) -> dict[int, float]:
-        """Seconds of trees of these sizes, the least of several rounds: what else the machine does hits all alike."""
-        found: dict[int, float] = {}
-        for _ in range(REPEATS):
+    def _in_rounds(self, sizes: Sequence[int], num_keys: int, num_rounds: int, deadline: float) -> dict[int, float]:
+        """Seconds of trees of these sizes, medians of several rounds: what else the machine does hits all alike."""
+        found: dict[int, list[float]] = {}
+        for _ in range(num_rounds):
             for num_rows in sizes:
                 if found and perf_counter() > deadline:
-                    return found
+                    break
                 works = self._tree(num_rows, num_keys=num_keys)
                 started = perf_counter()
                 self._run(works)
-                seconds = perf_counter() - started
+                found.setdefault(num_rows, []).append(perf_counter() - started)
                 self._forget([work.request for work in works])
-                found[num_rows] = min(seconds, found.get(num_rows, seconds))
-        return found
+        return {num_rows: median(seconds) for num_rows, seconds in found.items()}
 
     def _measure_extras(self, num_rows: int) -> None:
         """By differences to a tree of as many rows."""

@@ -76,21 +76,40 @@ def paths(draft: list[Guess]) -> list[tuple[int, ...]]:
     return found
 
 
+def chances(draft: list[Guess]) -> dict[tuple[int, ...], float]:
+    """Of each path, if all of it but its end is right."""
+    above = [draft[guess.parent].value if guess.parent >= 0 else 1.0 for guess in draft]
+    return {path: guess.value / value for path, guess, value in zip(paths(draft), draft, above, strict=True)}
+
+
 @given(drafts("prediction"), drafts("heads"), st.integers(0, 15), st.sampled_from([0.0, 0.2]))
 def test_a_merge_is_the_best_of_both(first: list[Guess], second: list[Guess], num_nodes: int, least: float) -> None:
-    left_over = max(1 - sum(guess.value for guess in first if guess.parent < 0), 0.0)
-    worth = {path: guess.value for path, guess in zip(paths(first), first, strict=True)}
-    for path, guess in zip(paths(second), second, strict=True):
-        worth[path] = max(worth.get(path, 0.0), guess.value * left_over)
+    mine, theirs = chances(first), chances(second)
+    worth: dict[tuple[int, ...], float] = {(): 1.0}
+    for path in sorted({*mine, *theirs}, key=len):
+        taken = sum(chance for other, chance in mine.items() if other[:-1] == path[:-1])
+        right = theirs.get(path, 0.0) * max(1 - taken, 0.0)
+        if path in mine:
+            right = 1 - (1 - mine[path]) * (1 - theirs.get(path, 0.0))
+        worth[path] = right * worth[path[:-1]]
+    del worth[()]
     merged = merge([first, second], num_nodes, least)
-    assert len(set(paths(merged))) == len(merged) == min(sum(v >= least for v in worth.values()), num_nodes)
+    found = dict(zip(paths(merged), merged, strict=True))
     assert all(guess.parent < i for i, guess in enumerate(merged))
-    assert [worth[path] for path in paths(merged)] == pytest.approx([guess.value for guess in merged])
-    assert sorted(guess.value for guess in merged) == pytest.approx(sorted(worth.values())[len(worth) - len(merged) :])
-    assert all(
-        (path in paths(first)) == (guess.source == "prediction")
-        for path, guess in zip(paths(merged), merged, strict=True)
-    )
+    assert {path: guess.value for path, guess in found.items()} == pytest.approx({path: worth[path] for path in found})
+    values = sorted(worth.values(), reverse=True)
+    assert len(found) == min(sum(value >= least for value in values), num_nodes)
+    assert sorted(guess.value for guess in merged) == pytest.approx(values[: len(merged)][::-1])
+    assert all((path in mine) == (guess.source == "prediction") for path, guess in found.items())
+
+
+def test_guesses_that_agree_are_likelier_than_either() -> None:
+    copied = [Guess(5, -1, 0.5, "ngram"), Guess(6, 0, 0.25, "ngram")]
+    heads = [Guess(5, -1, 0.6, "heads"), Guess(7, -1, 0.2, "heads"), Guess(8, 0, 0.3, "heads")]
+    agreed, below, other, elsewhere = merge([copied, heads], 4)
+    assert (agreed.token, below.token, other.token, elsewhere.token) == (5, 6, 7, 8)
+    assert [guess.value for guess in (agreed, below)] == pytest.approx([0.8, 0.4])
+    assert [guess.value for guess in (other, elsewhere)] == pytest.approx([0.1, 0.2])
 
 
 def test_a_likelier_guess_takes_the_place_of_the_heads() -> None:

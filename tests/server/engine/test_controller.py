@@ -14,6 +14,7 @@ from server.engine.controller import (
     MAX_FORCED,
     MAX_NODES,
     PROBE_COST,
+    PROBE_EVERY,
     PROBE_RUN,
     PROBED_SHARE,
     Bound,
@@ -187,6 +188,33 @@ def test_when_they_pay_again_it_is_noticed() -> None:
     assert share_asked(nothing, 500) < 0.05
     share_asked(good, 3000)
     assert share_asked(good, 100) == 1.0
+
+
+def test_what_was_usual_is_expected_again_without_a_probe() -> None:
+    controller = Controller(cost({1: 1.0, 512: 52.0}, draft=0.2), 32)
+    load, good, nothing = pure(1), draft(*GOOD), draft(0.02)
+    for found in (good, nothing):
+        for _ in range(300 if found is good else 40):
+            each = drafting(1, asks=None)
+            each.asks = controller.ask(load, each)
+            controller.choose(load, each, [found if each.num_asking else Draft()], 99)
+    assert not drafting_asks(controller)
+    steps = next(step for step in range(PROBE_EVERY[1]) if drafting_asks(controller))
+    assert 0 < steps < PROBE_EVERY[0]
+
+
+def drafting_asks(controller: Controller) -> bool:
+    """Whether the one request is asked in this step."""
+    return controller.considers_heads(1) and controller.ask(pure(1), drafting(1, asks=None)) != [None]
+
+
+@pytest.mark.parametrize(("room", "rests"), [(0.5, False), (1.0, True)])
+def test_a_copy_in_the_way_of_the_heads_starts_no_rest(room: float, rests: bool) -> None:
+    controller = Controller(cost(STEEP, draft=1.0), 32)
+    each = drafting(1, asks=None)
+    each.rooms = [room]
+    assert controller.ask(pure(1), each) == [None]
+    assert controller.considers_heads(1) is not rests
 
 
 def test_in_a_crowd_that_copies_nothing_worth_its_row_nobody_looks() -> None:

@@ -71,6 +71,21 @@ def test_one_outlier_moves_what_is_well_known_by_little() -> None:
     assert before < model.run.seconds(4) < 1.03 * before
 
 
+def test_a_slower_machine_changes_no_ratio() -> None:
+    model = CostModel()
+    model.run.measure([(1, 0.005), (8, 0.008)])
+    model.draft.measure([(1, 0.001)])
+    model.rest.measure([(1, 0.0004)])
+    model.measure_extra("requests", 0.0002)
+    for _ in range(100):
+        model.learn_run(1, NOTHING, 0.0075)
+    assert model.run.seconds(1) == pytest.approx(0.0075, rel=0.05)
+    assert model.run.seconds(8) / model.run.seconds(1) == pytest.approx(1.6, rel=0.1)
+    assert model.draft.seconds(1) == pytest.approx(0.0015, rel=0.1)
+    assert model.rest.seconds(1) == pytest.approx(0.0006, rel=0.1)
+    assert dict(model.extra_seconds())["requests"] == pytest.approx(0.0003, rel=0.1)
+
+
 def test_where_steps_are_rare_they_say_more() -> None:
     moved = []
     for often in (1, 100):
