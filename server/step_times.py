@@ -40,12 +40,13 @@ def measure_steps(trial: Trial) -> list[StepTimes]:
 def _measure(trial: Trial, heads: Path) -> StepTimes:
     engine = _engine(trial, heads)
     warm_up(engine)
+    sizes = [(requests, nodes) for requests in trial.requests for nodes in trial.nodes]
+    runs = {size: _run_seconds(engine, *size) for size in sizes}  # before steps move the curve
     times = {}
-    for requests in trial.requests:
-        for nodes in trial.nodes:
-            engine.controller = StaticController(engine.cost, nodes, control_share=0.0)
-            draft, rest = _steps(engine, trial, requests)
-            times[requests, nodes] = StepTime(_run_seconds(engine, requests, nodes), draft, rest)
+    for requests, nodes in sizes:
+        engine.controller = StaticController(engine.cost, nodes, control_share=0.0)
+        draft, rest = _steps(engine, trial, requests)
+        times[requests, nodes] = StepTime(runs[requests, nodes], draft, rest)
     return times
 
 

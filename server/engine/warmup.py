@@ -47,7 +47,7 @@ ROWS: Final = (
 ASKING: Final = (1, 16, 4, 64)
 BUDGET: Final = 3.0  # seconds
 ROUNDS: Final = (15, 3)  # of few and of many rows: trees are chosen by what single rows cost
-FEW: Final = 12  # rows that a tree or a small batch has
+TREE_ROWS: Final = 12  # that a tree or a small batch has
 REPEATS: Final = 5
 LONG: Final = 0.1  # seconds, after which a measurement is not repeated but once
 FEW_ROWS: Final = 4
@@ -80,8 +80,8 @@ class _WarmUp:
         most = min(self._engine.max_rows, len(self._slots))
         self._seconds_of(self._tree(min(8, most)))  # what is compiled or cached at first use
         usual, many = self._num_keys(USUAL_KEYS), self._num_keys(MANY_KEYS)
-        points = self._in_rounds([rows for rows in ROWS if rows <= min(FEW, most)], usual, ROUNDS[0], deadline)
-        points |= self._in_rounds([rows for rows in ROWS if FEW < rows <= most], usual, ROUNDS[1], deadline)
+        points = self._in_rounds([rows for rows in ROWS if rows <= min(TREE_ROWS, most)], usual, ROUNDS[0], deadline)
+        points |= self._in_rounds([rows for rows in ROWS if TREE_ROWS < rows <= most], usual, ROUNDS[1], deadline)
         few = min(FEW_ROWS, most)
         seconds = points.get(few)
         if seconds is not None and many > usual:

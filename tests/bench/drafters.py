@@ -7,28 +7,19 @@ plain decoding. The prefix cache of each has seen every prompt before anything i
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
-import httpx
-
-from models.train.machine import this_machine
-from tests.bench import report
-from tests.bench.client import BenchError, Prompt
-from tests.bench.command import add_options, collect, end_orderly, output, write
-from tests.bench.launch import Program, ours
-from tests.bench.measure import Round
-from tests.bench.peers import Field, start
+from tests.bench import suite
+from tests.bench.client import Prompt
+from tests.bench.command import add_options, end_orderly
+from tests.bench.launch import Program
 from tests.bench.workload import Plan, read_prompts
 
 COPYING = Path(__file__).with_name("copying.jsonl")
-PLAIN = "plain"
 FLAGS = {
-    PLAIN: ["--num-nodes", "0"],
+    suite.PLAIN: ["--num-nodes", "0"],
     "heads": ["--no-ngram"],
     "n-gram": ["--heads", "none"],
     "heads, n-gram": [],
@@ -39,13 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exits with 1 and a sentence if a measurement fails."""
     options = parse(arguments)
     end_orderly()
-    try:
-        with ExitStack() as stack:
-            field = start(programs(options), options.start_timeout, stack)
-            found = {name: measured(field, plan) for name, plan in plans(options).items()}
-    except (BenchError, httpx.HTTPError, OSError) as error:
-        sys.exit(f"bench: {str(error) or type(error).__name__}")
-    publish(found, options.json)
+    found = suite.run(programs(options), plans, options)
+    suite.publish(found, [suite.PLAIN], options.json)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -57,9 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def programs(options: argparse.Namespace) -> list[Program]:
-    model = [options.model] if options.model else []
-    heads = ["--heads", options.heads] if options.heads else []
-    return [ours(name, [*model, *heads, *flags, *options.rest]) for name, flags in FLAGS.items()]
+    return suite.programs(FLAGS, options)
 
 
 def plans(options: argparse.Namespace) -> dict[str, Plan]:
@@ -72,21 +56,6 @@ def plans(options: argparse.Namespace) -> dict[str, Plan]:
 def read_texts(path: Path) -> tuple[Prompt, ...]:
     """One prompt a line, as a JSON string: these have lines of their own."""
     return tuple(Prompt(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
-
-
-def measured(field: Field, plan: Plan) -> list[Round]:
-    return asyncio.run(collect(field.measure(plan)))
-
-
-def publish(found: dict[str, list[Round]], path: Path | None) -> None:
-    """A table for each workload on stdout and, if asked for, everything in a file."""
-    machine = this_machine()
-    twins = {name: PLAIN for name in FLAGS if name != PLAIN}
-    summaries = {name: report.summarize(rounds, [PLAIN], twins) for name, rounds in found.items()}
-    output().print(str(machine))
-    for name, summary in summaries.items():
-        output().print(f"\n{name}", report.table(summary), sep="\n")
-    write(path, {"machine": machine, "summaries": summaries, "rounds": found})
 
 
 if __name__ == "__main__":

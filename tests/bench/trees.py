@@ -8,42 +8,32 @@ decoding. Fixed are the numbers of nodes alone: which nodes are the likeliest is
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
-import httpx
-
-from models.train.machine import this_machine
 from models.tree import MAX_NODES
-from tests.bench import report
-from tests.bench.client import BenchError, Prompt, Side
-from tests.bench.command import add_options, collect, end_orderly, output, write
-from tests.bench.launch import Program, ours
-from tests.bench.measure import Round
-from tests.bench.peers import Field, start
+from tests.bench import suite
+from tests.bench.client import Prompt, Side
+from tests.bench.command import add_options, end_orderly
+from tests.bench.launch import Program
+from tests.bench.peers import Field
 from tests.bench.workload import Plan, read_prompts
 
 CATEGORIES = Path(__file__).with_name("categories.jsonl")
 SIZES = (1, 2, 3, 4, 6, 8, 16, 32)
-PLAIN, DYNAMIC, STATIC = "plain", "dynamic", "static"
+DYNAMIC, STATIC = "dynamic", "static"
+FLAGS = {DYNAMIC: [], STATIC: ["--static-trees", "--num-nodes", str(MAX_NODES)]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exits with 1 and a sentence if a measurement fails."""
     options = parse(arguments)
     end_orderly()
-    try:
-        with ExitStack() as stack:
-            servers = start(programs(options), options.start_timeout, stack)
-            field = sides(servers, options.nodes or SIZES)
-            found = {name: asyncio.run(collect(field.measure(plan))) for name, plan in plans(options).items()}
-    except (BenchError, httpx.HTTPError, OSError) as error:
-        sys.exit(f"bench: {str(error) or type(error).__name__}")
-    publish(found, options.json)
+    arranged = partial(sides, sizes=options.nodes or SIZES)
+    found = suite.run(programs(options), plans, options, arranged)
+    suite.publish(found, [STATIC, suite.PLAIN], options.json)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -55,16 +45,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def programs(options: argparse.Namespace) -> list[Program]:
-    model = [options.model] if options.model else []
-    heads = ["--heads", options.heads] if options.heads else []
-    flags = {DYNAMIC: [], STATIC: ["--static-trees", "--num-nodes", str(MAX_NODES)]}
-    return [ours(name, [*model, *heads, *own, *options.rest]) for name, own in flags.items()]
+    return suite.programs(FLAGS, options)
 
 
 def sides(servers: Field, sizes: Sequence[int]) -> Field:
     """The same servers, the second of them once per size."""
     dynamic, static = servers.sides
-    asked = [Side(PLAIN, dynamic.port, dynamic.model, {"speculation": {"mode": "off"}})]
+    asked = [Side(suite.PLAIN, dynamic.port, dynamic.model, {"speculation": {"mode": "off"}})]
     asked.append(Side(DYNAMIC, dynamic.port, dynamic.model))
     asked += [Side(f"{STATIC} {n}", static.port, static.model, {"speculation": {"max_nodes": n}}) for n in sizes]
     by_port = {side.port: servers.servers[side.name] for side in servers.sides}
@@ -86,18 +73,6 @@ def read_categories(path: Path) -> dict[str, tuple[Prompt, ...]]:
         row = json.loads(line)
         found.setdefault(row["category"], []).append(Prompt(row["q"]))
     return {name: tuple(prompts) for name, prompts in found.items()}
-
-
-def publish(found: dict[str, list[Round]], path: Path | None) -> None:
-    """A table for each category on stdout and, if asked for, everything in a file."""
-    machine = this_machine()
-    names = {item.side for rounds in found.values() for item in rounds}
-    twins = {name: PLAIN for name in names if name != PLAIN}
-    summaries = {name: report.summarize(rounds, [STATIC, PLAIN], twins) for name, rounds in found.items()}
-    output().print(str(machine))
-    for name, summary in summaries.items():
-        output().print(f"\n{name}", report.table(summary), sep="\n")
-    write(path, {"machine": machine, "summaries": summaries, "rounds": found})
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def test_every_size_of_every_design_is_timed(tiny_model: Path, some_heads: list[
             assert time.run > 0
             assert time.rest > 0
             assert (time.draft > 0) == (nodes > 0)
+        assert times[3, 8].run >= times[1, 8].run >= times[1, 0].run
     assert all(one[size].run == three[size].run for size in one)
 
 
