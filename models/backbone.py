@@ -169,7 +169,6 @@ class Backbone:
             raise BackboneError(str(error)) from error
         self.inner_layers = layers
 
-    @torch.inference_mode()
     def forward(
         self, tokens: Tensor, batch: Batch, pool: KVPool, rows: Tensor, scored: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -181,6 +180,12 @@ class Backbone:
         """
         if self._fused is not None:
             return self._fused.forward(tokens, batch, pool, rows, scored)
+        return self._forward(tokens, batch, pool, rows, scored)
+
+    @torch.inference_mode()
+    def _forward(
+        self, tokens: Tensor, batch: Batch, pool: KVPool, rows: Tensor, scored: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         with self._attention.step(batch, pool):
             out = self._model(
                 input_ids=tokens[None], position_ids=batch.positions[None], use_cache=False, logits_to_keep=rows

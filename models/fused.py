@@ -11,8 +11,9 @@ Invariants:
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Mapping, Sequence
-from ctypes import c_int64
+from ctypes import c_int64, c_void_p
 from itertools import accumulate
 from typing import Any
 
@@ -139,7 +140,7 @@ class FusedLayers:
         self._kept.append(packed)
         return packed.struct
 
-    def _keep(self, tensor: Tensor | None) -> ctypes.c_void_p:
+    def _keep(self, tensor: Tensor | None) -> c_void_p:
         kept = None if tensor is None else tensor.detach().clone()
         self._kept.append(kept)
         return cpu.address(kept)
@@ -173,8 +174,8 @@ class FusedModel(FusedLayers):
         self, tokens: Tensor, batch: Batch, pool: KVPool, rows: Tensor, scored: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `Backbone.forward`."""
-        buffers, step = self._buffers(len(tokens), pool), cpu.step_struct(batch)
-        asked = cpu.Asked(rows, scored, (len(self._shown) + 1) * self._hidden_size, self._struct.head.outputs)
+        buffers, step = self._buffers(tokens.shape[0], pool), cpu.step_struct(batch)
+        asked = cpu.Asked(rows, scored, (self._struct.num_shown + 1) * self._hidden_size, self._struct.head.outputs)
         cpu.call(
             "medusa_forward",
             ctypes.byref(self._struct),
@@ -229,10 +230,11 @@ class FusedSequential(FusedLayers):
         """Whole trees in one call, grown as `models.drafters.growth` grows them. Slots from `scratch` on are free."""
         asks = (cpu.AskStruct * len(chains))(*map(_ask_struct, chains))
         total = sum(chain.num_nodes for chain in chains)
-        tokens, parents = torch.empty(2, total, dtype=torch.int64)
-        values, counts = torch.empty(total), torch.empty(len(chains), dtype=torch.int64)
-        states = torch.cat([chain.states for chain in chains])
-        buffers = self._buffers(max(len(states), len(chains) * growth.WIDTH), pool)
+        # plain arrays: a tensor costs ten times their time
+        tokens, parents, counts = (array("q", bytes(8 * size)) for size in (total, total, len(chains)))
+        values = array("f", bytes(4 * total))
+        states = torch.cat([chain.states for chain in chains]) if len(chains) > 1 else chains[0].states.contiguous()
+        buffers = self._buffers(max(states.shape[0], len(chains) * growth.WIDTH), pool)
         cpu.call(
             "medusa_draft",
             ctypes.byref(self._struct),
@@ -244,13 +246,13 @@ class FusedSequential(FusedLayers):
             c_int64(scratch),
             cpu.address(self._token_ids),
             c_int64(len(self._token_ids)),
-            *map(cpu.address, (tokens, parents, values, counts)),
+            *[c_void_p(found.buffer_info()[0]) for found in (tokens, parents, values, counts)],
         )
-        nodes = list(zip(tokens.tolist(), parents.tolist(), values.tolist(), strict=True))
+        nodes = list(zip(tokens, parents, values, strict=True))
         starts = accumulate([chain.num_nodes for chain in chains], initial=0)
         return [
             [Guess(*node, "heads") for node in nodes[start : start + count]]
-            for start, count in zip(starts, counts.tolist(), strict=False)
+            for start, count in zip(starts, counts, strict=False)
         ]
 
     def best(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -260,8 +262,9 @@ class FusedSequential(FusedLayers):
 
 def _ask_struct(chain: Chain) -> cpu.AskStruct:
     tensors = chain.context, chain.tokens, chain.slots
-    sizes = len(chain.context), len(chain.tokens), chain.position, chain.num_nodes, chain.max_depth, chain.least_value
-    return cpu.AskStruct(*map(cpu.address, tensors), *sizes)
+    sizes = chain.context.shape[0], chain.tokens.shape[0]
+    limits = chain.position, chain.num_nodes, chain.max_depth, chain.least_value
+    return cpu.AskStruct(*map(cpu.address, tensors), *sizes, *limits)
 
 
 def _rotations(rotary: nn.Module, num_positions: int) -> tuple[Tensor, Tensor]:

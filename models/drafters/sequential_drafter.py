@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.batch import Batch, Segment, build_batch
+from models.batch import Batch, Segment, build_batch, integers
 from models.drafters.calibration import Calibration, Offers
 from models.drafters.drafter import Ask, Ranked
 from models.drafters.growth import NUM_RANKS, ROOT, WIDTH, Chain, Growth
@@ -176,8 +176,8 @@ class SequentialDrafter:
         memory.parts, memory.count = [states[-1:]], 1  # the root's own slot is known only later
         return Chain(
             torch.from_numpy(context).to(self._device),
-            torch.tensor(ask.text[first : root + 1], device=self._device),
-            torch.tensor([*own.tolist(), self._take_slot()], device=self._device),
+            integers(ask.text[first : root + 1], self._device),
+            integers([*own.tolist(), self._take_slot()], self._device),
             states,
             first,
             ask.num_nodes,

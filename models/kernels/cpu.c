@@ -196,7 +196,7 @@ static void assemble(Team *team) {
 typedef struct {
     const int64_t *rows;   /* [count] */
     int64_t count;
-    const int64_t *scored; /* [num_scored] indices into `rows`: those with logits */
+    const int64_t *scored; /* [num_scored] indices into `rows`: those with logits; null: all */
     int64_t num_scored;
     float *kept;           /* [count][shown layers, hidden]: behind their outputs what enters the output embedding */
     float *logits;         /* [num_scored][outputs of the head] */
@@ -227,7 +227,7 @@ static void run_layers(Team *team, Scratch *scratch, float *wide, const Trunk *t
         rms_norm(b->hidden + asked->rows[i] * size, trunk->norm, size, trunk->layers->epsilon, states + i * width);
     meet(team);
     for (int64_t i; (i = take(team, 1)) < asked->num_scored;)
-        quantize_row(&last, i, states + asked->scored[i] * width);
+        quantize_row(&last, i, states + (asked->scored ? asked->scored[i] : i) * width);
     meet(team);
     multiply(team, &trunk->head, &last, asked->num_scored, SET, asked->logits);
 }
@@ -279,9 +279,18 @@ void medusa_guess(int threads, const Drafter *drafter, const Step *step, const B
  * softmax of `sharpness` times the scores. */
 void medusa_best(const float *scores, int64_t rows, int64_t width, int64_t vocab, int64_t count, float sharpness,
                  int64_t *best, float *shares) {
+    enum { RUN = 4 * LANES };
     for (int64_t row = 0; row < rows; row++, scores += width, best += count, shares += count) {
         int64_t found = 0;
         for (int64_t i = 0; i < vocab; i++) {
+            if (found == count && i % RUN == 0 && i + RUN <= vocab) { /* as nearly always nothing of the run is */
+                floats most = load(scores + i);
+                for (int64_t k = LANES; k < RUN; k += LANES) most = larger(load(scores + i + k), most);
+                if (!(max_of(most) > scores[best[count - 1]])) {
+                    i += RUN - 1;
+                    continue;
+                }
+            }
             if (found == count && !(scores[i] > scores[best[count - 1]])) continue;
             int64_t place = found < count ? found++ : count - 1;
             for (; place > 0 && scores[i] > scores[best[place - 1]]; place--) best[place] = best[place - 1];
@@ -319,13 +328,12 @@ void medusa_draft(int threads, const Drafter *drafter, const Rules *rules, const
     grove.counts = room(num_asks, sizeof(int64_t)), grove.root_states = room(num_asks, sizeof(int64_t));
     grove.nodes = room(num_asks * grove.most, sizeof(Node)), grove.states = room(opened * size, sizeof(float));
     memset(grove.counts, 0, num_asks * sizeof(int64_t));
-    int64_t *places = room(slots + 7 * rows, sizeof(int64_t)); /* one block for all arrays of integers */
-    Round round = {{0}, room(rows, sizeof(Segment)), places + 7 * rows, places, places + rows, room(rows, sizeof(int32_t)),
+    int64_t *places = room(slots + 6 * rows, sizeof(int64_t)); /* one block for all arrays of integers */
+    Round round = {{0}, room(rows, sizeof(Segment)), places + 6 * rows, places, places + rows, room(rows, sizeof(int32_t)),
                    places + 2 * rows, places + 3 * rows, places + 4 * rows, places + 5 * rows,
                    room(rows * size, sizeof(float)), room(num_asks * width * outputs, sizeof(float)),
                    room(num_asks * width * rules->ranks, sizeof(float)), 0, 0};
     round.best = room(num_asks * width * rules->ranks, sizeof(int64_t));
-    for (int64_t r = 0; r < rows; r++) places[6 * rows + r] = r; /* all that is asked about has logits */
     for (int64_t n = 0; n < rules->rounds; n++) {
         round.step = (Step){round.segments, 0, round.table, round.positions, round.slots, round.parents, 0};
         round.num_opened = 0;
@@ -333,7 +341,7 @@ void medusa_draft(int threads, const Drafter *drafter, const Rules *rules, const
         else plant(&grove, &round, states, size);
         if (!round.num_opened) break;
         float *found = grove.states + grove.num_states * size;
-        const Asked asked = {round.rows, round.num_opened, places + 6 * rows, round.num_opened, found, round.logits};
+        const Asked asked = {round.rows, round.num_opened, 0, round.num_opened, found, round.logits};
         medusa_guess(threads, drafter, &round.step, b, round.tokens, round.inputs, &asked);
         medusa_best(round.logits, round.num_opened, outputs, vocab, rules->ranks, 1.0f, round.best, round.shares);
         for (int64_t k = 0; k < round.num_opened; k++) {

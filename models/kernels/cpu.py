@@ -266,16 +266,12 @@ class Asked:
 
     def __init__(self, rows: Tensor, scored: Tensor | None, width: int, outputs: int) -> None:
         """`scored`: indices into `rows` of those with logits; None is all."""
-        self._rows, self._scored = rows, torch.arange(len(rows)) if scored is None else scored
-        self.kept = torch.empty(len(rows), width)
-        self.logits = torch.empty(len(self._scored), outputs)
+        self._rows, self._scored = rows, scored
+        count = rows.shape[0]
+        num_scored = count if scored is None else scored.shape[0]
+        self.kept, self.logits = torch.empty(count, width), torch.empty(num_scored, outputs)
         self.struct = AskedStruct(
-            address(self._rows),
-            len(self._rows),
-            address(self._scored),
-            len(self._scored),
-            address(self.kept),
-            address(self.logits),
+            address(rows), count, address(scored), num_scored, address(self.kept), address(self.logits)
         )
 
 
@@ -312,12 +308,12 @@ def step_struct(batch: Batch) -> StepStruct:
     layout = batch.layout
     return StepStruct(
         address(layout.segments),
-        len(layout.segments),
+        layout.segments.shape[0],
         address(layout.table),
         address(batch.positions),
         address(batch.slots),
         address(layout.parents),
-        len(batch.slots),
+        batch.slots.shape[0],
     )
 
 

@@ -43,6 +43,7 @@ PROBE_EVERY: Final = (32, 400)  # steps between such runs, at least and at most
 PROBE_RUN: Final = 4  # steps in which the same requests are asked
 PROBED_SHARE: Final = 0.25  # of the requests
 REST_STEPS: Final = 8
+KEPT_STEPS: Final = 3  # more, in which the same requests are worth asking
 USUAL_ROOM: Final = 0.8  # of a request for the heads; now and then copies leave less
 COPIES_REST: Final = 24  # steps at most; half as many as requests: in a crowd some can always copy something
 FORGETTING: Final = 0.05  # of a running estimate, with each step
@@ -166,6 +167,9 @@ class Controller:
         self._gains = [_Gain() for _ in range(NUM_BUCKETS)]
         self._unasked_steps = 0  # since anybody was asked
         self._asked: set[str] = set()  # requests, in the step before
+        self._worthy: list[int] = []  # of being asked, by place, when last looked at
+        self._kept_for: tuple[int, list[float], list[str]] = (0, [], [])  # rows, rooms and requests then
+        self._kept_left = 0  # steps in which that holds
         self._probed: set[str] = set()  # requests, in this run of probes
         self._probes_left = 0
         self._rests, self._rests_from_copies = Rests(), Rests()
@@ -228,7 +232,13 @@ class Controller:
         """Whom the heads are to guess for, and what a guess must be worth to pay."""
         requests = drafting.requests
         able = [i for i, room in enumerate(drafting.rooms) if room > 0]
-        chosen = self._worth_asking(load, drafting) or self._probe(load, drafting, able)
+        asking = (load.num_rows, drafting.rooms, [request.id for request in requests])
+        if self._worthy and self._kept_left and asking == self._kept_for:
+            self._kept_left -= 1
+        else:
+            self._worthy = self._worth_asking(load, drafting)
+            self._kept_for, self._kept_left = asking, KEPT_STEPS
+        chosen = self._worthy or self._probe(load, drafting, able)
         if chosen:
             self._unasked_steps = 0
         elif able:
@@ -238,8 +248,8 @@ class Controller:
         asked = {requests[i].id for i in chosen}
         drafting.is_steady = asked <= self._asked
         self._asked = asked
-        price, asking = self.price(load, len(chosen)), set(chosen)
-        return [price if i in asking else None for i in range(len(requests))]
+        price, whom = self.price(load, len(chosen)), set(chosen)
+        return [price if i in whom else None for i in range(len(requests))]
 
     def _probe(self, load: Load, drafting: Drafting, able: Sequence[int]) -> list[int]:
         """Some of the able, if they are to be asked although it did not pay lately."""

@@ -12,13 +12,10 @@ Invariants:
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import monotonic
 from typing import Any, Final
-
-import numpy as np
 
 from server.engine.controller import Controller, StaticController
 from server.engine.cost import CostModel
@@ -299,8 +296,8 @@ def _of_drafts(drafts: Sequence[Work]) -> dict[str, Any]:
     if not drafts:
         return {}
     accepted = [len(work.accepted) for work in drafts]
-    drafted_from = Counter(source for work in drafts for source in work.node_sources)
-    accepted_from = Counter(work.node_sources[node] for work in drafts for node in work.accepted)
+    drafted_from = [source for work in drafts for source in work.node_sources]
+    accepted_from = [work.node_sources[node] for work in drafts for node in work.accepted]
     return {
         "num_drafts": len(drafts),
         "num_draft_tokens": sum([len(work.node_tokens) for work in drafts]),
@@ -308,11 +305,11 @@ def _of_drafts(drafts: Sequence[Work]) -> dict[str, Any]:
         "drafted_per_depth": _counted([depth for work in drafts for depth in work.node_depths]),
         "tree_sizes": tuple([len(work.node_tokens) for work in drafts]),
         "accepted_per_depth": tuple([sum([n > d for n in accepted]) for d in range(max(accepted, default=0))]),
-        "drafted_by_source": tuple([drafted_from[source] for source in DRAFT_SOURCES]),
-        "accepted_by_source": tuple([accepted_from[source] for source in DRAFT_SOURCES]),
+        "drafted_by_source": tuple(map(drafted_from.count, DRAFT_SOURCES)),
+        "accepted_by_source": tuple(map(accepted_from.count, DRAFT_SOURCES)),
     }
 
 
 def _counted(depths: Sequence[int]) -> tuple[int, ...]:
     """[d]: how often depth d + 1 occurs."""
-    return tuple(np.bincount(depths)[1:].tolist()) if depths else ()
+    return tuple([depths.count(depth) for depth in range(1, max(depths, default=0) + 1)])

@@ -53,9 +53,9 @@ class Curve:
     def seconds(self, x: float) -> float:
         """Seconds at `x`; 0 while nothing was measured."""
         line, knots = self._believed(), self._knots
-        right = min(max(bisect_left(knots, x), 1), len(knots) - 1)
-        share = (x - knots[right - 1]) / (knots[right] - knots[right - 1])
-        return line[right - 1] + max(share, 0.0) * (line[right] - line[right - 1])
+        right = bisect_left(knots, x, 1, len(knots) - 1)
+        low, least = knots[right - 1], line[right - 1]
+        return least + (x - low) / (knots[right] - low) * (line[right] - least) if x > low else least
 
     def line(self, start: int, count: int) -> list[float]:
         """Seconds at `start`, `start + 1`, ..., `start + count`."""

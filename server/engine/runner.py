@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models import memory, sampling, verify
 from models.backbone import Backbone, read_sizes
-from models.batch import Segment, build_batch
+from models.batch import Segment, build_batch, integers
 from models.checkpoint import CheckpointError, build_heads, check_heads, read_heads
 from models.drafters.calibration import Kind
 from models.drafters.combined import Wish, combine
@@ -197,8 +197,8 @@ class Runner:
         sampled_from = [
             index for mine, last in zip(rows, firsts[1:], strict=True) for index in range(last - len(mine), last)
         ]
-        is_all = len(sampled_from) == len(logits)  # the usual case: spare a copy of all logits
-        chosen = logits if is_all else logits[torch.tensor(sampled_from, dtype=torch.long, device=self.device)]
+        is_all = len(sampled_from) == logits.shape[0]  # the usual case: spare a copy of all logits
+        chosen = logits if is_all else logits[integers(sampled_from, self.device)]
         sampled: list[int] = []
         if sampled_from:
             sampled = sampling.sample(chosen, [row for mine in rows for row in mine]).tolist()
@@ -234,17 +234,18 @@ class Runner:
             segments.append(Segment(work.num_chain + len(tree), context, work.num_chain, work.node_parents))
         if self.drafter is not None:
             self.drafter.overwrite(slots)
-        batch = build_batch(segments, torch.tensor(positions), torch.tensor(slots), self.device)
+        device = self.device
+        batch = build_batch(segments, integers(positions, device), integers(slots, device), device)
         rows, asked = list(chain.from_iterable(kept)), list(chain.from_iterable(scored))
         is_same = len(rows) == len(asked)
         places = {row: place for place, row in enumerate(rows)} if not is_same else {}
         started = perf_counter()
         found = self.backbone.forward(
-            torch.tensor(tokens, device=self.device),
+            integers(tokens, device),
             batch,
             self.pool,
-            torch.tensor(rows, dtype=torch.long, device=self.device),
-            None if is_same else torch.tensor([places[row] for row in asked], dtype=torch.long, device=self.device),
+            integers(rows, device),
+            None if is_same else integers([places[row] for row in asked], device),
         )
         self._forward_seconds += perf_counter() - started
         return found
@@ -342,7 +343,7 @@ class Runner:
 
     def _remember(self, work: Work, hidden: Tensor, path: tuple[int, ...]) -> None:
         """Keep what the drafter will look at. hidden: the work's kept rows, those of its chain's end among them."""
-        num_chain = len(hidden) - len(work.node_tokens)
+        num_chain = hidden.shape[0] - len(work.node_tokens)
         if self.drafter is None or not num_chain or not _speculates(work.request):
             return
         states = hidden
@@ -462,7 +463,7 @@ def _scored_rows(work: Work, start: int) -> list[int]:
 
 def _tensor(slots: array[int]) -> Tensor:
     """[slots] int64. A copy: an array whose buffer is lent cannot grow."""
-    return torch.frombuffer(slots, dtype=torch.int64).clone() if slots else torch.empty(0, dtype=torch.int64)
+    return torch.frombuffer(bytearray(slots), dtype=torch.int64) if slots else torch.empty(0, dtype=torch.int64)
 
 
 def _device(name: str) -> torch.device:
