@@ -49,7 +49,7 @@ COPIES_REST: Final = 24  # steps at most; half as many as requests: in a crowd s
 FORGETTING: Final = 0.05  # of a running estimate, with each step
 SLOW_FORGETTING: Final = 0.002  # of what is usual
 FADING: Final = 0.02  # of what was not usual, with each step in which nobody looks
-LEAST_GAIN: Final = 0.02  # in tokens per second, for which heads are asked: estimates are not better than that
+LEAST_GAIN: Final = 0.02  # in tokens per second, for which heads are asked and copies looked for: less is not sure
 MAX_QUALITY: Final = 4.0
 MAX_PROFILED: Final = 8  # nodes of each request that are remembered when it is judged who should ask
 PARTS: Final = 4
@@ -225,7 +225,7 @@ class Controller:
         self._gains[bucket(num_decoding)].fade()
 
     def considers_copies(self, num_decoding: int) -> bool:
-        """Is it to be looked at what may be copied? Not for some steps after no node at all was worth its row."""
+        """Is it to be looked at what may be copied? Not for some steps after nodes brought next to nothing."""
         return not self._rests_from_copies.takes(num_decoding)
 
     def ask(self, load: Load, drafting: Drafting) -> list[float | None]:
@@ -315,7 +315,7 @@ class Controller:
         counts = [0] * len(drafts)
         for _, i in taken:
             counts[i] += 1
-        if not taken:
+        if -sum([cost for cost, _ in taken]) < LEAST_GAIN * load.num_decoding:
             self._rests_from_copies.start(load.num_decoding, min(load.num_decoding // 2, COPIES_REST))
         self._learn(load, drafting, drafts, counts)
         self._note(load, drafting.num_asking, num_offered, [-cost for cost, _ in taken])

@@ -2,7 +2,8 @@
 
 Which of the two is a field of the request, so nothing differs but speculation, and no server is started in between.
 Speedups are medians of paired rounds, and beside them stands what the server says itself: by its counters over the very
-rounds, and by its gauge after the last of them (which remembers the plain rounds too).
+rounds, and by its gauge after the last of them (which remembers the plain rounds too); and which share of its engine's
+time went by outside of kernels, plain and with Medusa.
 
     --random-heads   heads that know nothing: what must never be much slower than plain decoding
     --mixed          prompts and answers of very different lengths, and no prefix cache
@@ -36,7 +37,7 @@ from tests.bench.measure import Round, measure
 from tests.bench.random_heads import write_random_heads
 from tests.bench.report import Ratio, Summary
 from tests.bench.speculation import PLAIN, sides
-from tests.bench.told import Said, listen, speedup
+from tests.bench.told import Said, listen, overhead, speedup
 from tests.bench.workload import LEAST_ANSWER, LoadPlan, MixedPlan, read_prompts
 
 LEVELS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -52,6 +53,7 @@ class Told:
     index: int
     counted: float | None  # speedup by its counters
     gauge: Ratio | None  # at the end, of batches of this size
+    overhead: float | None  # share of the engine's time that went by outside of kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,8 @@ async def measured(field: Sequence[Side], options: argparse.Namespace) -> Found:
 
 def _told(item: Round, before: Said, after: Said) -> Told:
     batch = bucket_name(bucket(item.concurrency))
-    return Told(item.side, item.concurrency, item.index, speedup(before, after), after.ratios.get(batch))
+    said = speedup(before, after), after.ratios.get(batch), overhead(before, after)
+    return Told(item.side, item.concurrency, item.index, *said)
 
 
 def publish(program: Program, found: Found, path: Path | None) -> None:
@@ -170,17 +173,19 @@ def table(summaries: Sequence[Summary], told: Sequence[Told]) -> Table:
     """For people; in Markdown, to be pasted. A row for each number of streams and side but the plain one."""
     names = ("streams", "plain, tokens/s", "side", "tokens/s", "speedup (low..high)", "server says (low..high)")
     result = Table(box=MARKDOWN)
-    for name in (*names, "its gauge (95 %)", "accepted + 1", "same text"):
+    for name in (*names, "its gauge (95 %)", "outside kernels", "accepted + 1", "same text"):
         result.add_column(name, justify="left" if name == "side" else "right", no_wrap=True)
     plain = {item.concurrency: item.speed for item in summaries if item.side == PLAIN}
     for item in summaries:
         if item.side == PLAIN:
             continue
-        mine = [each for each in told if (each.side, each.concurrency) == (item.side, item.concurrency)]
+        here = [each for each in told if each.concurrency == item.concurrency]
+        mine = [each for each in here if each.side == item.side]
+        outside = " / ".join(_share([each for each in here if each.side == side]) for side in (PLAIN, item.side))
         speeds = (f"{plain[item.concurrency]:.1f}", item.side, f"{item.speed:.1f}")
         ratios = (_range(item.ratios[PLAIN]), _range(counted(mine)), _range(mine[-1].gauge))
         texts = f"{item.num_same_text}/{item.num_answers}"
-        result.add_row(str(item.concurrency), *speeds, *ratios, _number(item.mean_acceptance_length), texts)
+        result.add_row(str(item.concurrency), *speeds, *ratios, outside, _number(item.mean_acceptance_length), texts)
     return result
 
 
@@ -200,6 +205,11 @@ def jump_table(phases: Sequence[jump.Phase]) -> Table:
 
 def _range(ratio: Ratio | None) -> str:
     return "-" if ratio is None else "{1:.2f} ({0:.2f}..{2:.2f})".format(*ratio)
+
+
+def _share(told: Sequence[Told]) -> str:
+    said = [each.overhead for each in told if each.overhead is not None]
+    return f"{median(said):.0%}" if said else "-"
 
 
 def _number(value: float | None) -> str:

@@ -22,7 +22,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def told(counted: float | None, index: int = 0) -> Told:
-    return Told("medusa", 4, index, counted, (1.25, 1.5, 2.0))
+    return Told("medusa", 4, index, counted, (1.25, 1.5, 2.0), 0.25)
 
 
 def summary(side: str, ratio: float, num_same_text: int | None) -> Summary:
@@ -50,8 +50,8 @@ def test_the_server_is_asked_both_ways_and_says_what_it_thinks(
     rows = [cells(line) for line in capfd.readouterr().out.splitlines() if line.strip().startswith("|")]
     assert [row[0] for row in rows] == ["streams", "-" * len(rows[1][0]), "1", "8"]
     assert [row[5:] for row in rows[2:]] == [
-        ["1.50 (1.50..1.50)", "1.25 (1.12..1.50)", "2.33", "8/8"],
-        ["1.50 (1.50..1.50)", "-", "2.33", "48/48"],
+        ["1.50 (1.50..1.50)", "1.25 (1.12..1.50)", "25% / 25%", "2.33", "8/8"],
+        ["1.50 (1.50..1.50)", "-", "25% / 25%", "2.33", "48/48"],
     ]
 
 
@@ -60,7 +60,7 @@ def test_the_table_has_what_was_measured_beside_what_was_said(capsys: pytest.Cap
     load.output().print(load.table(summaries, [told(1.5), told(2.5, 1), told(1.75, 2)]))
     row = cells(capsys.readouterr().out.strip().splitlines()[-1])
     assert row[:4] == ["4", "100.0", "medusa", "200.0"]
-    assert row[4:] == ["2.00 (1.00..3.00)", "1.75 (1.50..2.50)", "1.50 (1.25..2.00)", "2.50", "7/8"]
+    assert row[4:] == ["2.00 (1.00..3.00)", "1.75 (1.50..2.50)", "1.50 (1.25..2.00)", "- / 25%", "2.50", "7/8"]
 
 
 def test_what_was_not_said_of_every_round_is_not_summed_up() -> None:

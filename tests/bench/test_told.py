@@ -11,17 +11,18 @@ from threading import Thread
 import pytest
 
 from tests.bench.fake_server import metrics
-from tests.bench.told import Said, listen, parse, speedup
+from tests.bench.told import Said, listen, overhead, parse, speedup
 
 
-def said(taken: float | None = 0.0, saved: float | None = 0.0) -> Said:
-    return Said(0.0, taken, saved, {})
+def said(taken: float | None = 0.0, saved: float | None = 0.0, kernels: float | None = 0.0) -> Said:
+    return Said(0.0, taken, kernels, saved, {})
 
 
 def test_parts_are_summed_and_batch_sizes_are_not() -> None:
     found = parse(metrics(10))
     assert (found.tokens, found.ratios) == (70, {"1": (1.125, 1.25, 1.5), "all": (1.0, 1.125, 1.25)})
     assert (found.taken, found.saved) == (pytest.approx(2.0), pytest.approx(1.0))
+    assert found.kernels == pytest.approx(1.5)
 
 
 def test_what_is_saved_is_nothing_without_what_is_lost() -> None:
@@ -31,7 +32,7 @@ def test_what_is_saved_is_nothing_without_what_is_lost() -> None:
 
 
 def test_what_is_not_said_is_none() -> None:
-    assert parse("# TYPE up gauge\nup 1\n") == Said(None, None, None, {})
+    assert parse("# TYPE up gauge\nup 1\n") == Said(None, None, None, None, {})
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,12 @@ def test_what_is_not_said_is_none() -> None:
 )
 def test_speedup_is_of_the_time_between(before: Said, after: Said, expected: float | None) -> None:
     assert speedup(before, after) == expected
+
+
+def test_overhead_is_the_share_between_that_no_kernel_took() -> None:
+    assert overhead(said(taken=2, kernels=1), said(taken=6, kernels=4)) == 0.25
+    assert overhead(said(), said()) is None
+    assert overhead(said(kernels=None), said(taken=4)) is None
 
 
 @contextmanager
@@ -84,4 +91,4 @@ def test_without_the_gauge_the_controller_is_asked() -> None:
 
 def test_a_server_with_neither_says_nothing() -> None:
     with answering({"/metrics": ""}) as port:
-        assert listen(port) == Said(None, None, None, {})
+        assert listen(port) == Said(None, None, None, None, {})

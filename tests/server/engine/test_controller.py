@@ -170,6 +170,14 @@ def test_who_joins_those_who_are_asked_has_to_catch_up() -> None:
     assert steady == [False, True, False, True, True]
 
 
+def test_who_has_no_room_left_is_not_asked_though_it_was_worth_it_a_step_ago() -> None:
+    controller = Controller(cost(FLAT), 32)
+    assert None not in controller.ask(pure(2), drafting(2, asks=None))
+    each = drafting(2, asks=None)
+    each.rooms = [1.0, 0.0]
+    assert [ask is None for ask in controller.ask(pure(2), each)] == [False, True]
+
+
 def test_when_they_pay_again_it_is_noticed() -> None:
     controller = Controller(cost({1: 1.0, 512: 52.0}, draft=0.2), 32)
     load, nothing, good = pure(1), draft(0.02), draft(*GOOD)
@@ -224,6 +232,14 @@ def test_in_a_crowd_that_copies_nothing_worth_its_row_nobody_looks() -> None:
         assert controller.considers_copies(size) is looks
     assert controller.considers_copies(40)  # another size, another answer
     assert not controller.considers_copies(20)  # which is remembered for each
+
+
+@pytest.mark.parametrize(("num_copying", "looks"), [(1, False), (2, True)])
+def test_one_copy_in_a_large_crowd_is_not_worth_looking_for(num_copying: int, looks: bool) -> None:
+    controller = Controller(cost(FLAT), 32)
+    drafts = [draft(0.9)] * num_copying + [Draft()] * (64 - num_copying)
+    assert sum(controller.choose(pure(64), drafting(64, asks=None), drafts, 99)) == num_copying
+    assert controller.considers_copies(64) is looks
 
 
 def test_control_steps_come_in_runs_and_as_often_as_wanted() -> None:
