@@ -38,6 +38,7 @@ FADING: Final = 0.998  # of what was measured at a knot, with each step: where s
 LEVEL_RATE: Final = 0.05  # of everything: a machine that is slower now is slower everywhere, and only ratios decide
 EXTRA_RATE: Final = 0.02
 MEASURED: Final = 50.0  # steps that a measurement at the start counts for
+GUESSED: Final = 0.01  # what a knot weighs that none was made at
 
 
 class Curve:
@@ -109,22 +110,23 @@ class Curve:
 
     def _believed(self) -> list[float]:
         if self._line is None:
-            self._line = isotonic(self._seconds)
+            self._line = isotonic(self._seconds, [count + GUESSED for count in self._counts])
         return self._line
 
 
-def isotonic(values: Sequence[float]) -> list[float]:
-    """The nearest numbers, by squares, that do not fall (pool adjacent violators, Ayer et al. 1955)."""
-    if values == sorted(values):  # as nearly always
+def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The nearest numbers, by weighted squares, that do not fall (pool adjacent violators, Ayer et al. 1955)."""
+    if values == sorted(values):
         return list(values)
-    pools: list[tuple[float, int]] = []  # sum and number of neighbours that share their mean
-    for value in values:
-        total, count = value, 1
-        while pools and pools[-1][0] * count > total * pools[-1][1]:
-            more, number = pools.pop()
-            total, count = total + more, count + number
-        pools.append((total, count))
-    return [total / count for total, count in pools for _ in range(count)]
+    pools: list[tuple[float, float, int]] = []  # mean, weight and number of neighbours that share it
+    for value, weight in zip(values, weights, strict=True):
+        mean, number = value, 1
+        while pools and pools[-1][0] > mean:
+            other, more, count = pools.pop()
+            mean = (mean * weight + other * more) / (weight + more)
+            weight, number = weight + more, number + count
+        pools.append((mean, weight, number))
+    return [mean for mean, _, number in pools for _ in range(number)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,16 +16,28 @@ from server.engine.cost import ROWS, CostModel, Curve, Load, isotonic, total
 NOTHING = (0.0, 0.0, 0.0, 0.0)
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=9))
-def test_isotonic_is_the_nearest_that_does_not_fall(values: list[int]) -> None:
-    found = isotonic(values)
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9)), min_size=1, max_size=9))
+def test_isotonic_is_the_nearest_that_does_not_fall(points: list[tuple[int, int]]) -> None:
+    found = isotonic([value for value, _ in points], [weight for _, weight in points])
     assert all(a <= b + 1e-9 for a, b in pairwise(found))
     # the minimax formula: the greatest of all beginnings' least mean
-    n = len(values)
-    expected = [
-        max(min(sum(values[j : k + 1]) / (k - j + 1) for k in range(i, n)) for j in range(i + 1)) for i in range(n)
-    ]
-    assert found == pytest.approx(expected)
+    n = len(points)
+
+    def mean(some: list[tuple[int, int]]) -> float:
+        return sum(value * weight for value, weight in some) / sum(weight for _, weight in some)
+
+    assert found == pytest.approx(
+        [max(min(mean(points[j : k + 1]) for k in range(i, n)) for j in range(i + 1)) for i in range(n)]
+    )
+
+
+def test_a_guess_between_gives_way_to_what_was_measured() -> None:
+    curve = Curve((1, 2, 4, 64))
+    curve.take(64, 0.004)  # and all the others are taken to be as dear
+    for _ in range(300):
+        curve.take(1, 0.0008)
+        curve.take(4, 0.001)
+    assert curve.seconds(4) == pytest.approx(0.001, rel=0.05)
 
 
 def test_unknown_curves_cost_nothing() -> None:
