@@ -58,7 +58,8 @@ FIRST_VALUES: Final = [  # before the heads were asked
 ]
 PRICED_NODES: Final = 4  # of each request's tree: how far the price of a row looks
 NUM_BUCKETS: Final = 12
-CONTROL_RUN: Final = 8  # control steps in a row
+CONTROL_RUN: Final = 16  # control steps in a row
+SETTLING: Final = 4  # of them come before plain steps are as fast as they are among themselves: caches
 FIRST_CONTROLS: Final = (40, 3)  # the first so many of each batch size come so many times as often
 
 
@@ -163,6 +164,7 @@ class Controller:
         self._control_share = control_share
         self._random = Random(seed)
         self._control_left = 0  # of a run of control steps
+        self._settled = [1.0] * NUM_BUCKETS  # see `settle`
         self._num_controls = [0] * NUM_BUCKETS
         self._gains = [_Gain() for _ in range(NUM_BUCKETS)]
         self._unasked_steps = 0  # since anybody was asked
@@ -198,8 +200,9 @@ class Controller:
     def is_control_step(self, num_decoding: int) -> bool:
         """Is this step to decode plainly, so that it is known what that costs?
 
-        Such steps come in runs: behind steps with trees, whose data are in the caches, the first ones are slower. While
-        there were few at this batch size, their spread is most of what is uncertain of the speedup: they come oftener.
+        Such steps come in runs: behind steps with trees, whose data are in the caches, the first ones are slower, and
+        only those behind say what plain decoding takes (`is_settled`). While there
+        were few at this batch size, their spread is most of what is uncertain of the speedup: they come oftener.
         """
         size, (few, factor) = bucket(num_decoding), FIRST_CONTROLS
         share = min(self._control_share * (factor if self._num_controls[size] < few else 1), 1.0)
@@ -211,6 +214,15 @@ class Controller:
             return False
         self._num_controls[size] += 1
         return True
+
+    @property
+    def is_settled(self) -> bool:
+        """In a run of control steps: have there been enough of them?"""
+        return self._control_left < CONTROL_RUN - SETTLING
+
+    def settle(self, num_decoding: int, factor: float) -> None:
+        """Steps of such batches take `factor` times the cost model's time once there are no trees between them."""
+        self._settled[bucket(num_decoding)] = factor
 
     def considers_heads(self, num_decoding: int) -> bool:
         """Is it to be looked at who might ask? Not for some steps after it paid for nobody in such a batch."""
@@ -291,7 +303,8 @@ class Controller:
         run, rest = self.cost.run, self.cost.rest.seconds(load.num_decoding)
         values = self._gains[bucket(load.num_decoding)].values
         plain, own = self._worth(load), self.cost.extra(load.features)
-        best, best_rate = 0, (1 + LEAST_GAIN) * plain / (rest + total(run.seconds(load.num_rows), own))
+        settled = self._settled[bucket(load.num_decoding)] * (rest + total(run.seconds(load.num_rows), own))
+        best, best_rate = 0, (1 + LEAST_GAIN) * plain / settled
         for count in _powers(len(order)):
             asking = order[:count]
             weight = sum([weights[i] for i in asking])

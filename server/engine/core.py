@@ -119,7 +119,9 @@ class Engine:
         taken, plain = self._learn(trees, started)
         deltas = [self._update(work, outcome, taken, plain) for work, outcome in zip(works, outcomes, strict=True)]
         num_accepted = sum([len(work.accepted) for work in works])
-        saved = self._meter.add(trees.load, taken, plain, num_accepted, is_control=trees.is_control)
+        saved = self._meter.add(trees.load, taken, plain, num_accepted, is_settled=trees.is_settled)
+        if trees.is_settled:
+            self.controller.settle(trees.load.num_decoding, self._meter.correction(trees.load))
         now = self._clock()
         self._left_at = now if self.has_work else None
         self._ran_at = self._ran_at if self.has_work else None

@@ -8,9 +8,10 @@ step with the same rows but without nodes, and `A / B` steps more with the `B` r
 and the speedup over many steps is `sum(plain) / sum(seconds taken)`, everything counted that a step takes: drafting,
 scheduling, messages, steps without nodes. `p` is the cost model's time (it knows rows, requests and context lengths),
 multiplied by a correction: the mean of measured over expected time of control steps, a small random share of steps that
-decode plainly on purpose. They make the estimate honest where the model is biased; the model makes it precise although
-they are few. Where prompts are computed in the step too, `p(rows without nodes)` is the time taken less what the model
-says of nodes and drafts, since prompt rows are the same either way. Control steps count as 1.
+decode plainly on purpose, in runs whose first steps do not count (`Controller.is_control_step`). They make the estimate
+honest where the model is biased; the model makes it precise although they are few. Where prompts are computed in the
+step too, `p(rows without nodes)` is the time taken less what the model says of nodes and drafts, since prompt rows are
+the same either way. Control steps count as 1.
 
 What it assumes: that accepted tokens would have been decoded in batches of the same size; that a step's time does not
 depend on the steps before; that a step of more than OUTLIER times the expected time was hit by something else.
@@ -123,7 +124,7 @@ class SpeedupMeter:
 
     def plain(self, load: Load, taken: float, node_seconds: float, *, is_control: bool) -> Plain:
         """Of a step that took `taken` seconds, `node_seconds` of them for nodes and drafts."""
-        correction = self._sums_of(load).correction.mean
+        correction = self.correction(load)
         token = self._cost.step_seconds(load.decoding()) if load.num_decoding else 0.0
         if is_control or not load.num_decoding or not self._cost.run.is_known:
             return Plain(0.0, taken, token, correction)
@@ -131,18 +132,22 @@ class SpeedupMeter:
             return Plain(token, 0.0, token, correction)
         return Plain(0.0, max(taken - node_seconds, 0.0), token, correction)
 
-    def add(self, load: Load, taken: float, plain: Plain, num_accepted: int, *, is_control: bool) -> float:
+    def add(self, load: Load, taken: float, plain: Plain, num_accepted: int, *, is_settled: bool) -> float:
         """Count one step. Returns the seconds that it saved, which may be below 0."""
         if taken <= 0:
             return 0.0
         sums, expected = self._sums_of(load), self._cost.step_seconds(load)
-        if is_control and load.is_pure and expected > 0:
+        if is_settled and load.is_pure and expected > 0:
             sums.correction.add(min(taken / expected, OUTLIER))
         more = num_accepted / load.num_decoding if load.num_decoding else 0.0
         saved = plain.seconds(more) - taken
         if expected == 0 or taken < OUTLIER * expected:
             sums.add(taken, plain.step_modelled + more * plain.token_modelled, plain.step_known)
         return saved
+
+    def correction(self, load: Load) -> float:
+        """Of the cost model's time for plain steps like this one."""
+        return self._sums_of(load).correction.mean
 
     def speedups(self) -> tuple[Speedup, ...]:
         """By batch size, where there were steps, and of all together."""

@@ -29,6 +29,7 @@ class Trees:
     is_steady: bool = True  # see `Drafting`
     draft_seconds: float = 0.0
     is_control: bool = False
+    is_settled: bool = False  # a control step that says what plain decoding takes
 
 
 def grow(
@@ -50,7 +51,7 @@ def grow(
         return Trees(load)
     if controller.is_control_step(load.num_decoding):
         controller.note_control(load)
-        return Trees(load, is_control=True)
+        return Trees(load, is_control=True, is_settled=controller.is_settled)
     if not chosen:
         return Trees(load)
     able, bounds = [work for work, _ in chosen], [bound for _, bound in chosen]

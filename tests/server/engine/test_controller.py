@@ -17,6 +17,7 @@ from server.engine.controller import (
     PROBE_EVERY,
     PROBE_RUN,
     PROBED_SHARE,
+    SETTLING,
     Bound,
     Controller,
     Drafting,
@@ -240,6 +241,19 @@ def test_one_copy_in_a_large_crowd_is_not_worth_looking_for(num_copying: int, lo
     drafts = [draft(0.9)] * num_copying + [Draft()] * (64 - num_copying)
     assert sum(controller.choose(pure(64), drafting(64, asks=None), drafts, 99)) == num_copying
     assert controller.considers_copies(64) is looks
+
+
+def test_heads_must_beat_plain_steps_among_themselves() -> None:
+    controller = Controller(cost({1: 1.0, 512: 52.0}, draft=0.2), 32)
+    controller.settle(1, 0.3)
+    assert controller.ask(pure(1), drafting(1, asks=None)) == [None]
+    assert None not in controller.ask(pure(3), drafting(3, asks=None))  # other batches have nothing to do with it
+
+
+def test_of_a_run_of_control_steps_the_first_do_not_count() -> None:
+    controller = Controller(CostModel(), 8, control_share=1.0)
+    counts = [controller.is_settled for _ in range(CONTROL_RUN) if controller.is_control_step(1)]
+    assert counts == [False] * SETTLING + [True] * (CONTROL_RUN - SETTLING)
 
 
 def test_control_steps_come_in_runs_and_as_often_as_wanted() -> None:

@@ -35,7 +35,7 @@ class Played:
         taken = noise * (self.seconds(load.num_rows + nodes) + draft)
         node_seconds = self.cost.run.seconds(load.num_rows + nodes) - self.cost.run.seconds(load.num_rows) + draft
         plain = self.meter.plain(load, taken, node_seconds, is_control=is_control)
-        self.meter.add(load, taken, plain, accepted, is_control=is_control)
+        self.meter.add(load, taken, plain, accepted, is_settled=is_control)
         self.taken += taken
         self.plain += self.seconds(load.num_rows) + accepted / batch * self.seconds(batch)
 
@@ -100,5 +100,5 @@ def test_a_step_that_something_else_hit_counts_for_nothing() -> None:
     before = played.meter.speedups()[0].ratio
     load = Load(1, 0, 1, NOTHING, NOTHING)
     plain = played.meter.plain(load, 1.0, 0.0, is_control=False)
-    assert played.meter.add(load, 1.0, plain, 1, is_control=False) < -0.9
+    assert played.meter.add(load, 1.0, plain, 1, is_settled=False) < -0.9
     assert played.meter.speedups()[0].ratio == before
