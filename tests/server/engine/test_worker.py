@@ -82,7 +82,7 @@ def test_short_steps_share_a_message_but_no_request_waits_for_its_beginning_or_e
 def test_news_wait_no_longer_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "SEND_SECONDS", 0.0)
     with served() as (messages, outbox):
-        messages.put(long_submit("a", 20))
+        messages.put(long_submit("a", 200))
         heard = [outbox.recv()]
         while not deltas_of(heard[-1])[-1].finish:
             heard.append(outbox.recv())
