@@ -186,6 +186,7 @@ class Backbone:
     def _forward(
         self, tokens: Tensor, batch: Batch, pool: KVPool, rows: Tensor, scored: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """The same by transformers' own code, for a model that is not fused."""
         with self._attention.step(batch, pool):
             out = self._model(
                 input_ids=tokens[None], position_ids=batch.positions[None], use_cache=False, logits_to_keep=rows

@@ -230,7 +230,7 @@ class FusedSequential(FusedLayers):
         """Whole trees in one call, grown as `models.drafters.growth` grows them. Slots from `scratch` on are free."""
         asks = (cpu.AskStruct * len(chains))(*map(_ask_struct, chains))
         total = sum(chain.num_nodes for chain in chains)
-        # plain arrays: a tensor costs ten times their time
+        # plain arrays: a tensor takes several times as long
         tokens, parents, counts = (array("q", bytes(8 * size)) for size in (total, total, len(chains)))
         values = array("f", bytes(4 * total))
         states = torch.cat([chain.states for chain in chains]) if len(chains) > 1 else chains[0].states.contiguous()

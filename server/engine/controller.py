@@ -328,10 +328,11 @@ class Controller:
         counts = [0] * len(drafts)
         for _, i in taken:
             counts[i] += 1
-        if -sum([cost for cost, _ in taken]) < LEAST_GAIN * load.num_decoding:
+        values = [-cost for cost, _ in taken]
+        if sum(values) < LEAST_GAIN * load.num_decoding:
             self._rests_from_copies.start(load.num_decoding, min(load.num_decoding // 2, COPIES_REST))
         self._learn(load, drafting, drafts, counts)
-        self._note(load, drafting.num_asking, num_offered, [-cost for cost, _ in taken])
+        self._note(load, drafting.num_asking, num_offered, values)
         return counts
 
     def note_control(self, load: Load) -> None:

@@ -8,7 +8,6 @@ Invariants:
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
@@ -220,6 +219,7 @@ class Runner:
         self, works: Sequence[Work], kept: Sequence[list[int]], scored: Sequence[list[int]]
     ) -> tuple[Tensor, Tensor]:
         """Pack the rows of all works and run the backbone. Returns logits of `scored` and states of `kept` rows."""
+        device = self.device
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -230,11 +230,10 @@ class Runner:
             tokens += [*work.chain_tokens, *work.node_tokens]
             positions += [*range(work.start, root + 1), *(root + depth for depth in tree.depths)]
             slots += [*work.chain_slots, *work.node_slots]
-            context = _tensor(work.request.slots).to(self.device)
+            context = integers(work.request.slots, device)
             segments.append(Segment(work.num_chain + len(tree), context, work.num_chain, work.node_parents))
         if self.drafter is not None:
             self.drafter.overwrite(slots)
-        device = self.device
         batch = build_batch(segments, integers(positions, device), integers(slots, device), device)
         rows, asked = list(chain.from_iterable(kept)), list(chain.from_iterable(scored))
         is_same = len(rows) == len(asked)
@@ -459,11 +458,6 @@ def _scored_rows(work: Work, start: int) -> list[int]:
     end = start + work.num_chain
     first = start if work.request.prompt_logprobs is not None else end - work.reaches_end
     return list(range(first, end + len(work.node_tokens)))
-
-
-def _tensor(slots: array[int]) -> Tensor:
-    """[slots] int64. A copy: an array whose buffer is lent cannot grow."""
-    return torch.frombuffer(bytearray(slots), dtype=torch.int64) if slots else torch.empty(0, dtype=torch.int64)
 
 
 def _device(name: str) -> torch.device:

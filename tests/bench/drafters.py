@@ -15,11 +15,12 @@ from tests.bench import suite
 from tests.bench.client import Prompt
 from tests.bench.command import add_options, end_orderly
 from tests.bench.launch import Program
+from tests.bench.speculation import PLAIN
 from tests.bench.workload import Plan, read_prompts
 
 COPYING = Path(__file__).with_name("copying.jsonl")
 FLAGS = {
-    suite.PLAIN: ["--num-nodes", "0"],
+    PLAIN: ["--num-nodes", "0"],
     "heads": ["--no-ngram"],
     "n-gram": ["--heads", "none"],
     "heads, n-gram": [],
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     end_orderly()
     found = suite.run(programs(options), plans, options)
-    suite.publish(found, [suite.PLAIN], options.json)
+    suite.publish(found, [PLAIN], options.json)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

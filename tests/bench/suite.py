@@ -21,9 +21,9 @@ from tests.bench.command import collect, output, write
 from tests.bench.launch import Program, ours
 from tests.bench.measure import Round
 from tests.bench.peers import Field, start
+from tests.bench.speculation import PLAIN
 from tests.bench.workload import Plan
 
-PLAIN = "plain"
 Found = dict[str, list[Round]]  # by workload
 
 

@@ -19,6 +19,7 @@ from tests.bench.client import Prompt, Side
 from tests.bench.command import add_options, end_orderly
 from tests.bench.launch import Program
 from tests.bench.peers import Field
+from tests.bench.speculation import PLAIN
 from tests.bench.workload import Plan, read_prompts
 
 CATEGORIES = Path(__file__).with_name("categories.jsonl")
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end_orderly()
     arranged = partial(sides, sizes=options.nodes or SIZES)
     found = suite.run(programs(options), plans, options, arranged)
-    suite.publish(found, [STATIC, suite.PLAIN], options.json)
+    suite.publish(found, [STATIC, PLAIN], options.json)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -51,7 +52,7 @@ def programs(options: argparse.Namespace) -> list[Program]:
 def sides(servers: Field, sizes: Sequence[int]) -> Field:
     """The same servers, the second of them once per size."""
     dynamic, static = servers.sides
-    asked = [Side(suite.PLAIN, dynamic.port, dynamic.model, {"speculation": {"mode": "off"}})]
+    asked = [Side(PLAIN, dynamic.port, dynamic.model, {"speculation": {"mode": "off"}})]
     asked.append(Side(DYNAMIC, dynamic.port, dynamic.model))
     asked += [Side(f"{STATIC} {n}", static.port, static.model, {"speculation": {"max_nodes": n}}) for n in sizes]
     by_port = {side.port: servers.servers[side.name] for side in servers.sides}
