@@ -110,9 +110,10 @@ class FusedLayers:
         widths = (self._hidden_size, queries + 2 * self._kv_heads * self._dim, queries, queries, self._inner)
         self._room = (
             [torch.empty(rows, width) for width in widths],
-            cpu.Rows(rows, max(2 * widths[0], queries, self._inner)),
+            [cpu.Rows(rows, width) for width in (max(2 * widths[0], queries), self._inner)],
         )
-        self._struct_of_buffers = cpu.BuffersStruct(*map(cpu.address, self._room[0]), self._room[1].struct)
+        wide, narrow = self._room
+        self._struct_of_buffers = cpu.BuffersStruct(*map(cpu.address, wide), *[each.struct for each in narrow])
         self._num_rows = rows
 
     def _point_to(self, pool: KVPool) -> None:

@@ -11,6 +11,7 @@
 
 #include <math.h>
 
+#include "linear.h"
 #include "team.h"
 #include "vec.h"
 
@@ -143,9 +144,9 @@ INLINE int64_t node_path(const Step *step, int64_t row, int64_t *path) {
     return depth;
 }
 
-/* Rows [begin, end) of a segment with all query heads of one kv head. query, out: [rows][heads][dim]. */
+/* Rows [begin, end) of a segment with all query heads of one kv head. query, out: [rows][heads][dim]. `narrow`: `attend`. */
 static void attend_rows(Scratch *scratch, const Attention *a, const Step *step, const Segment *segment, int64_t begin,
-                        int64_t end, int64_t kv_head, const float *query, float *out) {
+                        int64_t end, int64_t kv_head, const float *query, float *out, const Rows *narrow) {
     const int64_t shared = a->heads / a->kv_heads, width = segment->context + segment->chain;
     const int64_t *table = step->table + segment->table;
     int64_t paths[QUERY_ROWS][64], seen[QUERY_ROWS], from[QUERY_ROWS], first = INT64_MAX, last = 0;
@@ -180,12 +181,13 @@ static void attend_rows(Scratch *scratch, const Attention *a, const Step *step, 
             }
         }
     }
-    for (int64_t r = begin; r < end; r++)
-        for (int64_t h = 0; h < shared; h++) {
-            float *to = out + ((segment->first + r) * a->heads + kv_head * shared + h) * a->v_dim;
-            const float total = scratch->total[(r - begin) * shared + h];
-            for (int64_t c = 0; c < a->v_dim; c += LANES) store(to + c, load(to + c) / total);
-        }
+    for (int64_t r = begin; r < end; r++) {
+        const int64_t row = segment->first + r, from = kv_head * shared * a->v_dim, width = shared * a->v_dim;
+        float *to = out + row * a->heads * a->v_dim;
+        for (int64_t c = from; c < from + width; c += LANES)
+            store(to + c, load(to + c) / scratch->total[(r - begin) * shared + (c - from) / a->v_dim]);
+        if (narrow) quantize(narrow, row, from, from + width, to);
+    }
 }
 
 /* Few rows are dealt in small pieces, so that every thread gets some. */
@@ -193,8 +195,10 @@ INLINE int64_t piece_rows(const Segment *segment) { return segment->rows > 2 * Q
 
 INLINE int64_t num_pieces(const Segment *segment) { return (segment->rows + piece_rows(segment) - 1) / piece_rows(segment); }
 
-/* One stage: all rows. The last rows of a chain see most, so pieces are dealt from the end. */
-static void attend(Team *team, Scratch *scratch, const Attention *a, const Step *step, const float *query, float *out) {
+/* One stage: all rows. The last rows of a chain see most, so pieces are dealt from the end. `narrow`: `out` once more,
+ * quantised, if that is wanted; a kv head's outputs are then whole groups. */
+static void attend(Team *team, Scratch *scratch, const Attention *a, const Step *step, const float *query, float *out,
+                   const Rows *narrow) {
     int64_t total = 0, done = 0, s = 0;
     for (int64_t i = 0; i < step->num_segments; i++) total += num_pieces(step->segments + i) * a->kv_heads;
     for (int64_t piece; (piece = take(team, 1)) < total;) {
@@ -204,7 +208,7 @@ static void attend(Team *team, Scratch *scratch, const Attention *a, const Step 
         const int64_t size = piece_rows(segment);
         const int64_t begin = (num_pieces(segment) - 1 - (piece - done) / a->kv_heads) * size;
         const int64_t end = begin + size < segment->rows ? begin + size : segment->rows;
-        attend_rows(scratch, a, step, segment, begin, end, (piece - done) % a->kv_heads, query, out);
+        attend_rows(scratch, a, step, segment, begin, end, (piece - done) % a->kv_heads, query, out, narrow);
     }
     meet(team);
 }

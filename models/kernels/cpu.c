@@ -11,6 +11,7 @@
 #include "linear.h"
 
 #define PANEL 128  /* rows whose quantised values stay in the second-level cache */
+#define PIECES 2   /* of work in a stage for each thread, if there is so little */
 #define LONGEST 64 /* blocks of one piece of work: memory is read fastest in long runs */
 
 /* One decoder layer of the common shape: RMSNorm, rotary attention, RMSNorm, SwiGLU. */
@@ -51,6 +52,7 @@ typedef struct {
     float *attended; /* [rows][heads * dim] */
     float *inner;    /* [rows][intermediate] */
     Rows narrow;     /* quantised; as wide as the widest input */
+    Rows between;    /* the same of what is between gate and down, which is made while `narrow` is read */
 } Buffers;
 
 typedef enum { SET, ADD, SWIGLU } Mode;
@@ -88,17 +90,22 @@ INLINE void put_block(const Linear *linear, int64_t block, const Rows *rows, int
     }
 }
 
-/* One stage: out (or its sum with the outputs, or SwiGLU of them) for `count` rows, PANEL rows at a time. */
-INLINE void multiply(Team *team, const Linear *linear, const Rows *rows, int64_t count, Mode mode, float *out) {
+/* One stage: out (or its sum with the outputs, or SwiGLU of them) for `count` rows, PANEL rows at a time. Of SwiGLU the
+ * quantised values, too: `between`. */
+INLINE void multiply(Team *team, const Linear *linear, const Rows *rows, int64_t count, Mode mode, float *out,
+                     const Rows *between) {
+    const int64_t unit = mode == SWIGLU ? 2 * GROUP / BLOCK : 1, size = PIECES * team->size; /* a group's blocks */
     const int64_t blocks = linear->outputs / BLOCK, panels = (count + PANEL - 1) / PANEL;
-    const int64_t share = (blocks / (2 * team->size) + 2) & ~1L, piece = share < LONGEST ? share : LONGEST; /* even */
+    const int64_t share = (blocks + size * unit - 1) / (size * unit) * unit, piece = share < LONGEST ? share : LONGEST;
     const int64_t pieces = (blocks + piece - 1) / piece;
     for (int64_t i; (i = take(team, 1)) < pieces * panels;) {
         const int64_t first = i / pieces * PANEL, end = first + PANEL < count ? first + PANEL : count;
-        const int64_t stop = (i % pieces + 1) * piece < blocks ? (i % pieces + 1) * piece : blocks;
-        for (int64_t block = i % pieces * piece; block < stop; block += mode == SWIGLU ? 2 : 1)
+        const int64_t start = i % pieces * piece, stop = start + piece < blocks ? start + piece : blocks;
+        for (int64_t block = start; block < stop; block += mode == SWIGLU ? 2 : 1)
             if (linear->bits == 4) put_block(linear, block, rows, first, end, mode, 4, out);
             else put_block(linear, block, rows, first, end, mode, 8, out);
+        for (int64_t row = first; row < end && mode == SWIGLU; row++)
+            quantize(between, row, start / 2 * BLOCK, stop / 2 * BLOCK, out + row * between->inputs);
     }
     meet(team);
 }
@@ -174,17 +181,15 @@ static Rows as_wide(const Rows *rows, int64_t inputs) {
 static void run_layer(Team *team, Scratch *scratch, float *wide, const Trunk *trunk, const Layer *layer,
                       const Step *step, const Buffers *b) {
     const Rows hidden = as_wide(&b->narrow, layer->qkv.inputs), attended = as_wide(&b->narrow, layer->out.inputs);
-    const Rows inner = as_wide(&b->narrow, layer->down.inputs);
+    const Rows inner = as_wide(&b->between, layer->down.inputs);
     norm_narrow(team, &hidden, step->rows, b->hidden, layer->input_norm, layer->epsilon, wide);
-    multiply(team, &layer->qkv, &hidden, step->rows, SET, b->qkv);
+    multiply(team, &layer->qkv, &hidden, step->rows, SET, b->qkv, 0);
     place_heads(team, trunk, layer, step, b->qkv, b->query);
-    attend(team, scratch, &layer->attention, step, b->query, b->attended);
-    narrow(team, &attended, step->rows, b->attended);
-    multiply(team, &layer->out, &attended, step->rows, ADD, b->hidden);
+    attend(team, scratch, &layer->attention, step, b->query, b->attended, &attended);
+    multiply(team, &layer->out, &attended, step->rows, ADD, b->hidden, 0);
     norm_narrow(team, &hidden, step->rows, b->hidden, layer->post_norm, layer->epsilon, wide);
-    multiply(team, &layer->gate_up, &hidden, step->rows, SWIGLU, b->inner);
-    narrow(team, &inner, step->rows, b->inner);
-    multiply(team, &layer->down, &inner, step->rows, ADD, b->hidden);
+    multiply(team, &layer->gate_up, &hidden, step->rows, SWIGLU, b->inner, &inner);
+    multiply(team, &layer->down, &inner, step->rows, ADD, b->hidden, 0);
 }
 
 static void assemble(Team *team) {
@@ -229,7 +234,7 @@ static void run_layers(Team *team, Scratch *scratch, float *wide, const Trunk *t
     for (int64_t i; (i = take(team, 1)) < asked->num_scored;)
         quantize_row(&last, i, states + (asked->scored ? asked->scored[i] : i) * width);
     meet(team);
-    multiply(team, &trunk->head, &last, asked->num_scored, SET, asked->logits);
+    multiply(team, &trunk->head, &last, asked->num_scored, SET, asked->logits, 0);
 }
 
 /* One step of the model for tokens [rows]. */
@@ -270,7 +275,7 @@ void medusa_guess(int threads, const Drafter *drafter, const Step *step, const B
             quantize_row(&both, row, wide);
         }
         meet(&team);
-        multiply(&team, &drafter->input, &both, step->rows, SET, b->hidden);
+        multiply(&team, &drafter->input, &both, step->rows, SET, b->hidden, 0);
         run_layers(&team, &scratch, wide, trunk, step, b, asked);
     }
 }
@@ -363,7 +368,7 @@ void medusa_linear(int threads, const Linear *linear, int64_t count, const float
     {
         assemble(&team);
         narrow(&team, rows, count, x);
-        multiply(&team, linear, rows, count, SET, out);
+        multiply(&team, linear, rows, count, SET, out, 0);
     }
 }
 
@@ -374,6 +379,6 @@ void medusa_attention(int threads, const Attention *attention, const Step *step,
     {
         assemble(&team);
         Scratch scratch;
-        attend(&team, &scratch, attention, step, query, out);
+        attend(&team, &scratch, attention, step, query, out, 0);
     }
 }

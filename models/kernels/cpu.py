@@ -149,6 +149,7 @@ class BuffersStruct(Structure):
         ("attended", c_void_p),
         ("inner", c_void_p),
         ("narrow", RowsStruct),
+        ("between", RowsStruct),
     )
 
 

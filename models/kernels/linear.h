@@ -39,11 +39,12 @@ typedef struct {
     int64_t inputs;
 } Rows;
 
-INLINE void quantize_row(const Rows *rows, int64_t row, const float *from) {
+/* Values [begin, end) of a row, whole groups. from: [inputs], the row's. */
+INLINE void quantize(const Rows *rows, int64_t row, int64_t begin, int64_t end, const float *from) {
     enum { COUNT = GROUP / LANES };
     typedef int8_t bytes __attribute__((vector_size(LANES)));
     const int64_t groups = rows->inputs / GROUP;
-    for (int64_t g = 0; g < groups; g++) {
+    for (int64_t g = begin / GROUP; g < end / GROUP; g++) {
         floats v[COUNT], most = splat(0.0f);
         for (int i = 0; i < COUNT; i++) {
             v[i] = load(from + g * GROUP + i * LANES);
@@ -64,6 +65,8 @@ INLINE void quantize_row(const Rows *rows, int64_t row, const float *from) {
         rows->sum[row * groups + g] = largest / 127.0f * sum;
     }
 }
+
+INLINE void quantize_row(const Rows *rows, int64_t row, const float *from) { quantize(rows, row, 0, rows->inputs, from); }
 
 /* The weights [inputs] of one output of 8 bits: a table's row. */
 INLINE void read_row(const Linear *table, int64_t output, float *to) {

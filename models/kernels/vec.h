@@ -43,7 +43,15 @@ INLINE floats splat(float value) { return value - (floats){0}; }
 
 INLINE floats choose(ints mask, floats yes, floats no) { return (floats)((mask & (ints)yes) | (~mask & (ints)no)); }
 
-INLINE floats larger(floats a, floats b) { return choose(a > b, a, b); }
+INLINE floats larger(floats a, floats b) {
+#if LANES == 16
+    return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
 INLINE floats magnitude(floats v) { return (floats)((ints)v & 0x7fffffff); }
 
