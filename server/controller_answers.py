@@ -59,6 +59,15 @@ class DecisionAnswer(Told):
     is_control: bool = Field(description="The step decoded plainly in order to be measured.")
 
 
+class DuelledAnswer(Told):
+    """Steps in which the heads may be asked, against neighbouring ones in which they rest."""
+
+    batch: str = Field(description="Requests that decode together, such as `5-8`.")
+    ratio: float = Field(description="Tokens per second with heads over without.")
+    num_compared: int = Field(description="Blocks of steps that were compared.")
+    has_won: bool = Field(description="Whether the heads may mostly be asked.")
+
+
 Points = list[CurvePointAnswer]
 
 
@@ -68,6 +77,9 @@ class ControllerAnswer(Told):
     run_curve: Points = Field(default=[], description="Seconds of forward pass, sampling and verification, by rows.")
     draft_curve: Points = Field(default=[], description="Seconds of asking the heads, by requests that they guess for.")
     rest_curve: Points = Field(default=[], description="Seconds of the engine's own and of messages, by requests.")
+    tree_curve: Points = Field(
+        default=[], description="Seconds of trees of copies alone besides their rows, by requests in the step."
+    )
     extra_seconds: Annotated[dict[str, float], BeforeValidator(dict)] = Field(
         default={}, description="Seconds for each one of what rows differ in."
     )
@@ -75,6 +87,7 @@ class ControllerAnswer(Told):
     calibration_error: float | None = Field(default=None, description="Mean distance of probability and outcome.")
     speedups: list[SpeedupAnswer] = Field(default=[], description="By batch size, then of all together.")
     decisions: list[DecisionAnswer] = Field(default=[], description="Of recent steps, the latest last.")
+    duels: list[DuelledAnswer] = Field(default=[], description="Heads against none by the clock, by batch size.")
 
 
 def controller_answer(state: ControllerState | None) -> ControllerAnswer:

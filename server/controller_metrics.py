@@ -62,12 +62,15 @@ class ControllerMetrics(Collector):
             yield self._gauges(name, f"{text}{which}.", "batch", zip(batches, values, strict=True))
 
     def _costs(self, state: ControllerState | None) -> Iterator[Metric]:
-        curves = ((), (), ()) if state is None else (state.run_curve, state.draft_curve, state.rest_curve)
+        curves: tuple[tuple[CurvePoint, ...], ...] = ((), (), (), ())
+        if state is not None:
+            curves = state.run_curve, state.draft_curve, state.rest_curve, state.tree_curve
         for (name, text, label), curve in zip(
             (
                 ("step_cost_seconds", "Forward pass, sampling and verification, by rows.", "rows"),
                 ("draft_cost_seconds", "Asking the heads, by requests that they guess for.", "requests"),
                 ("rest_cost_seconds", "The engine's own and messages, by requests in the step.", "requests"),
+                ("tree_cost_seconds", "Trees of copies alone besides their rows, by requests in the step.", "requests"),
             ),
             curves,
             strict=True,

@@ -10,7 +10,8 @@ the best number lies beyond it, so steps and plateaus of the curve need no speci
 
 Whether the heads are asked at all is decided by the same rule from what they lately brought to such a batch and to this
 request, with the time of asking added. While they do not pay, some requests are asked every now and then, some steps
-in a row: who was not asked for long has much to catch up with, and only the steps behind tell what asking costs.
+in a row: who was not asked for long has much to catch up with, and only the steps behind tell what asking costs. And
+where the clock says that asking loses (`duel`), heads rest, whatever was expected.
 
 Invariants:
 - the text does not depend on anything here;
@@ -25,12 +26,13 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, exp
 from random import Random
 from typing import Final, NamedTuple
 
 from server.engine.cost import CostModel, Features, Load, total
-from server.engine.messages import Decision
+from server.engine.duel import Duel
+from server.engine.messages import Decision, Duelled
 from server.engine.request import Draft, Request
 
 MAX_NODES: Final = 63  # with the root 64 rows
@@ -164,7 +166,8 @@ class Controller:
         self._control_share = control_share
         self._random = Random(seed)
         self._control_left = 0  # of a run of control steps
-        self._settled = [1.0] * NUM_BUCKETS  # see `settle`
+        self._duels = [Duel() for _ in range(NUM_BUCKETS)]
+        self._duelling: Duel | None = None  # whose steps were the last
         self._num_controls = [0] * NUM_BUCKETS
         self._gains = [_Gain() for _ in range(NUM_BUCKETS)]
         self._unasked_steps = 0  # since anybody was asked
@@ -220,13 +223,24 @@ class Controller:
         """In a run of control steps: have there been enough of them?"""
         return self._control_left < CONTROL_RUN - SETTLING
 
-    def settle(self, num_decoding: int, factor: float) -> None:
-        """Steps of such batches take `factor` times the cost model's time once there are no trees between them."""
-        self._settled[bucket(num_decoding)] = factor
+    def took(self, load: Load, expected_tokens: float, seconds: float, *, has_asked: bool) -> None:
+        """A step without control took so long."""
+        if not load.is_pure or not load.num_decoding or not self._num_nodes:
+            return
+        duel = self._duels[bucket(load.num_decoding)]
+        if duel is not self._duelling:
+            duel.interrupt()
+            self._duelling = duel
+        duel.add(expected_tokens, seconds, has_asked=has_asked)
+
+    def duels(self) -> tuple[Duelled, ...]:
+        """What the clock has said, by batch size."""
+        heard = [(bucket_name(i), duel) for i, duel in enumerate(self._duels) if duel.num_compared]
+        return tuple([Duelled(name, exp(duel.gain), duel.num_compared, duel.gain >= 0) for name, duel in heard])
 
     def considers_heads(self, num_decoding: int) -> bool:
-        """Is it to be looked at who might ask? Not for some steps after it paid for nobody in such a batch."""
-        if not self._rests.takes(num_decoding):
+        """Is it to be looked at who might ask? Not where the clock is against it, or it has just paid for nobody."""
+        if self._duels[bucket(num_decoding)].has_heads and not self._rests.takes(num_decoding):
             return True
         self._leave_unasked(num_decoding)
         self._asked.clear()
@@ -303,8 +317,7 @@ class Controller:
         run, rest = self.cost.run, self.cost.rest.seconds(load.num_decoding)
         values = self._gains[bucket(load.num_decoding)].values
         plain, own = self._worth(load), self.cost.extra(load.features)
-        settled = self._settled[bucket(load.num_decoding)] * (rest + total(run.seconds(load.num_rows), own))
-        best, best_rate = 0, (1 + LEAST_GAIN) * plain / settled
+        best, best_rate = 0, (1 + LEAST_GAIN) * plain / (rest + total(run.seconds(load.num_rows), own))
         for count in _powers(len(order)):
             asking = order[:count]
             weight = sum([weights[i] for i in asking])
@@ -350,6 +363,8 @@ class Controller:
         tokens, extra = self._worth(load), self.cost.extra(load.features)
         rest = self.cost.rest.seconds(load.num_decoding) + self.cost.draft_seconds(drafting.num_asking)
         best, best_rate = 0, tokens / (rest + total(seconds[0], extra))
+        if not drafting.num_asking:  # else it is part of asking
+            rest += self.cost.tree.seconds(load.num_decoding)
         for count, (cost, i) in enumerate(offers, 1):
             tokens -= cost
             extra += extras[i]
@@ -403,6 +418,11 @@ class Controller:
 
 class StaticController(Controller):
     """Everybody gets all they may, cut evenly where rows or slots are short: for comparison."""
+
+    def duels(self) -> tuple[Duelled, ...]:
+        """What the clock has said, by batch size."""
+        heard = [(bucket_name(i), duel) for i, duel in enumerate(self._duels) if duel.num_compared]
+        return tuple([Duelled(name, exp(duel.gain), duel.num_compared, duel.gain >= 0) for name, duel in heard])
 
     def considers_heads(self, num_decoding: int) -> bool:
         return True

@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any, Final
 
 from server.engine.controller import Controller, StaticController
-from server.engine.cost import CostModel
+from server.engine.cost import CostModel, Measured
 from server.engine.guard import FAILED, guarded
 from server.engine.messages import (
     DRAFT_SOURCES,
@@ -120,8 +120,8 @@ class Engine:
         deltas = [self._update(work, outcome, taken, plain) for work, outcome in zip(works, outcomes, strict=True)]
         num_accepted = sum([len(work.accepted) for work in works])
         saved = self._meter.add(trees.load, taken, plain, num_accepted, is_settled=trees.is_settled)
-        if trees.is_settled:
-            self.controller.settle(trees.load.num_decoding, self._meter.correction(trees.load))
+        if not trees.is_control:
+            self.controller.took(trees.load, trees.expected_tokens, taken, has_asked=trees.num_asking > 0)
         now = self._clock()
         self._left_at = now if self.has_work else None
         self._ran_at = self._ran_at if self.has_work else None
@@ -151,11 +151,13 @@ class Engine:
             run_curve=self.cost.run.points(),
             draft_curve=self.cost.draft.points(),
             rest_curve=self.cost.rest.points(),
+            tree_curve=self.cost.tree.points(),
             extra_seconds=self.cost.extra_seconds(),
             calibration=cells,
             calibration_error=error,
             speedups=self._meter.speedups(),
             decisions=tuple(self.controller.decisions),
+            duels=self.controller.duels(),
         )
 
     def _learn(self, trees: Trees, started: float) -> tuple[float, Plain]:
@@ -171,13 +173,9 @@ class Engine:
             nodes = cost.run_seconds(num_rows, features) - cost.run_seconds(load.num_rows, load.features)
         plain = self._meter.plain(load, taken, nodes + trees.draft_seconds, is_control=trees.is_control)
         if load.is_pure and load.num_decoding:
-            cost.learn_run(num_rows, features, self._run_seconds)
-            others = taken - self._run_seconds
-            if trees.num_asking:
-                if trees.is_steady:  # or it would be the cost of catching up
-                    cost.draft.take(trees.num_asking, others - cost.rest.seconds(load.num_decoding))
-            else:
-                cost.rest.take(load.num_decoding, others - trees.draft_seconds)
+            whose = load.num_decoding, trees.num_nodes, trees.num_asking, trees.is_steady
+            seconds = self._run_seconds, trees.draft_seconds, taken - self._run_seconds
+            cost.learn(Measured(num_rows, features, *whose, *seconds))
         return taken, plain
 
     def _run(self, works: Sequence[Work]) -> list[Outcome | None]:

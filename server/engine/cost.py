@@ -2,7 +2,7 @@
 
 A forward pass with its sampling costs `curve(rows) + extras . features`: the curve knows the plateaus and steps of this
 machine's kernels, the features are what rows differ in (keys looked at, requests, sampled and constrained rows). Drafts
-cost by the requests that ask for them, the rest of a step by the requests in it.
+cost by the requests that ask for them, the rest of a step by the requests in it, and more if there are trees.
 
 Invariants:
 - no single step moves an estimate by more than a few percent: what is learned is the clipped logarithm of measured over
@@ -39,6 +39,7 @@ LEVEL_RATE: Final = 0.05  # of everything: a machine that is slower now is slowe
 EXTRA_RATE: Final = 0.02
 MEASURED: Final = 50.0  # steps that a measurement at the start counts for
 GUESSED: Final = 0.01  # what a knot weighs that none was made at
+LEARNED_AT_ONCE: Final = 8  # steps: what runs again at once finds itself in the caches
 
 
 class Curve:
@@ -149,6 +150,21 @@ class Load:
         return Load(self.num_decoding, 0, self.num_decoding, self.decoding_features, self.decoding_features)
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one step without prompt rows took."""
+
+    num_rows: int  # nodes included
+    features: Features  # of them
+    num_decoding: int
+    num_nodes: int
+    num_asking: int
+    is_steady: bool  # all who were asked were asked in the step before, too: nobody had to catch up
+    run_seconds: float
+    draft_seconds: float
+    other_seconds: float  # besides `run_seconds`; those of drafting are among them
+
+
 class CostModel:
     """Seconds of a step, by part."""
 
@@ -156,7 +172,9 @@ class CostModel:
         self.run = Curve(ROWS)
         self.draft = Curve(REQUESTS)  # by requests that ask the heads
         self.rest = Curve(REQUESTS)  # by requests in the step
+        self.tree = Curve(REQUESTS)  # by requests in the step: of trees without asking, besides their rows
         self._extras = list(FIRST_EXTRAS)
+        self._unlearned: list[Measured] = []
 
     def extra(self, features: Features) -> float:
         """Seconds for these features; 0 while nothing was measured."""
@@ -173,6 +191,25 @@ class CostModel:
     def draft_seconds(self, num_asking: int) -> float:
         return self.draft.seconds(num_asking) if num_asking else 0.0
 
+    def learn(self, step: Measured) -> None:
+        """Sooner or later."""
+        self._unlearned.append(step)
+        if len(self._unlearned) >= LEARNED_AT_ONCE or not self.run.is_known:
+            for each in self._unlearned:
+                self._learn(each)
+            self._unlearned.clear()
+
+    def _learn(self, step: Measured) -> None:
+        self.learn_run(step.num_rows, step.features, step.run_seconds)
+        beyond_rest = step.other_seconds - self.rest.seconds(step.num_decoding)
+        if step.num_asking:
+            if step.is_steady:
+                self.draft.take(step.num_asking, beyond_rest)
+        elif step.num_nodes:
+            self.tree.take(step.num_decoding, beyond_rest)
+        else:
+            self.rest.take(step.num_decoding, step.other_seconds - step.draft_seconds)
+
     def learn_run(self, num_rows: int, features: Features, seconds: float) -> None:
         """A step without prompt rows took so long; each part of the estimate moves by its share in it."""
         if seconds <= 0:
@@ -185,7 +222,7 @@ class CostModel:
         surprise = _clipped(seconds, expected)
         level = exp(LEVEL_RATE * surprise)
         self.run.learn(num_rows, surprise)
-        for curve in (self.run, self.draft, self.rest):
+        for curve in (self.run, self.draft, self.rest, self.tree):
             curve.scale(level)
         self._extras = [
             extra * level * exp(EXTRA_RATE * surprise * part / expected)

@@ -202,17 +202,29 @@ class Speedup:
 
 
 @dataclass(frozen=True, slots=True)
+class Duelled:
+    """Steps in which the heads may be asked against their neighbours in which they rest, at a number of requests."""
+
+    batch: str  # such as 5-8
+    ratio: float  # of tokens per second
+    num_compared: int  # blocks of steps
+    has_won: bool  # so the heads may mostly be asked
+
+
+@dataclass(frozen=True, slots=True)
 class ControllerState:
     """What the engine knows of costs and gains; told about once a second."""
 
     run_curve: tuple[CurvePoint, ...]  # forward pass, sampling and verification, by rows
     draft_curve: tuple[CurvePoint, ...]  # by requests that the heads guess for
     rest_curve: tuple[CurvePoint, ...]  # the engine's own and messages, by requests
+    tree_curve: tuple[CurvePoint, ...]  # trees of copies alone, besides their rows, by requests
     extra_seconds: tuple[tuple[str, float], ...]  # by what some rows have and others do not
     calibration: tuple[CalibrationCell, ...]
     calibration_error: float | None  # mean distance of calibrated probability and outcome
     speedups: tuple[Speedup, ...]
     decisions: tuple[Decision, ...]  # the latest last
+    duels: tuple[Duelled, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ class Trees:
 
     load: Load
     num_nodes: int = 0
+    expected_tokens: float = 0.0  # of the step, all requests together
     node_features: Features = (0.0,) * len(FEATURES)
     num_asking: int = 0
     is_steady: bool = True  # see `Drafting`
@@ -47,13 +48,14 @@ def grow(
     able = _able(works, runner, heads=heads, copies=copies)
     bounds = controller.bounds([work.request for work in able])
     chosen = [(work, bound) for work, bound in zip(able, bounds, strict=True) if any(bound)]
+    plain = Trees(load, expected_tokens=float(load.num_decoding))
     if not chosen and heads and copies:
-        return Trees(load)
+        return plain
     if controller.is_control_step(load.num_decoding):
         controller.note_control(load)
         return Trees(load, is_control=True, is_settled=controller.is_settled)
     if not chosen:
-        return Trees(load)
+        return plain
     able, bounds = [work for work, _ in chosen], [bound for _, bound in chosen]
     drafting = _drafting([work.request for work in able], bounds, runner, heads=heads)
     drafting.asks = controller.ask(load, drafting) if heads else [None] * len(able)
@@ -73,6 +75,7 @@ def grow(
     return Trees(
         load,
         sum(counts),
+        load.num_decoding + sum([sum(draft.values[:count]) for draft, count in zip(drafts, counts, strict=True)]),
         _summed([(count, row) for count, row in zip(counts, drafting.features, strict=True) if count]),
         drafting.num_asking,
         drafting.is_steady,

@@ -1,11 +1,11 @@
 """Cost curves for the simulator: an engine's own, those in a file, or made up. They become the engine's `CostModel`.
 
-A file has the fields of the engine's `ControllerState`, of which three are used here:
+A file has the fields of the engine's `ControllerState`, of which these are used here:
 
     {"run_curve": [{"number": 1, "seconds": 0.01}, ...], "draft_curve": [...], "rest_curve": [...],
-     "extra_seconds": [["keys", 1e-8], ...]}
+     "tree_curve": [...], "extra_seconds": [["keys", 1e-8], ...]}
 
-The curves are seconds by rows, by requests that the heads guess for, and by requests. Only the first is needed.
+The curves are seconds by rows, by requests that the heads guess for, and twice by requests. Only the first is needed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def cost_model(costs: Mapping[str, Any]) -> CostModel:
         model.run = _curve(costs["run_curve"])
         for name in FEATURES:
             model.measure_extra(name, float(dict(costs.get("extra_seconds", ())).get(name, 0.0)))
-        for name in ("draft", "rest"):
+        for name in ("draft", "rest", "tree"):
             if points := costs.get(f"{name}_curve"):
                 setattr(model, name, _curve(points))
     except (KeyError, TypeError, ValueError) as error:

@@ -78,7 +78,8 @@ def record_from(engine: Engine, prompts: Sequence[tuple[int, ...]], num_nodes: i
 
 
 def costs_of(state: ControllerState) -> dict[str, Any]:
-    return {name: asdict(state)[name] for name in ("run_curve", "draft_curve", "rest_curve", "extra_seconds")}
+    names = "run_curve", "draft_curve", "rest_curve", "tree_curve", "extra_seconds"
+    return {name: asdict(state)[name] for name in names}
 
 
 def _decode(engine: Engine, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[list[int]]:

@@ -18,19 +18,23 @@ EMPTY = {
     "run_curve": [],
     "draft_curve": [],
     "rest_curve": [],
+    "tree_curve": [],
     "extra_seconds": {},
     "calibration": [],
     "calibration_error": None,
     "speedups": [],
     "decisions": [],
+    "duels": [],
 }
 FULL = {
     "run_curve": [{"number": 1, "seconds": 0.01}, {"number": 16, "seconds": 0.02}],
     "draft_curve": [{"number": 2, "seconds": 0.003}],
     "rest_curve": [{"number": 4, "seconds": 0.0005}],
+    "tree_curve": [{"number": 8, "seconds": 0.0007}],
     "extra_seconds": {"keys": 1e-8, "sampled rows": 5e-5},
     "calibration": [{"kind": "greedy", "depth": 1, "rank": 2, "given": 0.25, "right": 0.375, "num_seen": 40.0}],
     "calibration_error": 0.0625,
+    "duels": [{"batch": "3-4", "ratio": 0.875, "num_compared": 7, "has_won": False}],
     "speedups": [
         {"batch": "1", "ratio": 1.75, "low": 1.5, "high": 2.0, "num_steps": 300.0, "num_control_steps": 3.0},
         {"batch": "all", "ratio": 1.25, "low": 1.125, "high": 1.375, "num_steps": 900.0, "num_control_steps": 8.0},

@@ -17,7 +17,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 def samples(metrics: Metrics) -> dict[str, int]:
     """How many samples each series of the controller has."""
-    starts = ("speedup", "step_cost", "draft_cost", "rest_cost", "extra_cost", "calibration", "controller")
+    starts = ("speedup", "step_cost", "draft_cost", "rest_cost", "tree_cost", "extra_cost", "calibration", "controller")
     families = text_string_to_metric_families(metrics.render().decode())
     ours = (family for family in families if family.name.startswith(tuple(f"medusa_{start}" for start in starts)))
     return {family.name.removeprefix("medusa_"): len(family.samples) for family in ours}
@@ -42,6 +42,7 @@ def test_costs() -> None:
     assert value(metrics, "step_cost_seconds", rows="16") == 0.02
     assert value(metrics, "draft_cost_seconds", requests="2") == 0.003
     assert value(metrics, "rest_cost_seconds", requests="4") == 0.0005
+    assert value(metrics, "tree_cost_seconds", requests="8") == 0.0007
     assert value(metrics, "extra_cost_seconds", feature="keys") == 1e-8
     assert value(metrics, "calibration_error") == 0.0625
 
@@ -69,7 +70,7 @@ def test_the_last_state_stays_until_the_next() -> None:
 def test_what_is_not_known_has_no_sample() -> None:
     metrics = told()
     families = samples(metrics)
-    assert len(families) == 14
+    assert len(families) == 15
     assert all(families.values())
     metrics.on_restart()
     assert samples(metrics) == dict.fromkeys(families, 0) == samples(Metrics("m"))

@@ -86,7 +86,7 @@ def telling(config: EngineConfig, inbox: Connection, outbox: Connection) -> None
             token = message.prompt[0]
             if token == CRASH:
                 os._exit(3)
-            state = ControllerState((), (), (), (), (), float(token), (), ())
+            state = ControllerState((), (), (), (), (), (), float(token), (), (), ())
             outbox.send(Steps((StepOutput((Delta(message.request_id, (token,)),), StepStats(controller=state)),)))
             outbox.send(Steps((StepOutput((Delta(message.request_id, (token,), finish="stop"),), StepStats()),)))
 

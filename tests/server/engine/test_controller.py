@@ -26,6 +26,7 @@ from server.engine.controller import (
     bucket_name,
 )
 from server.engine.cost import CostModel, Load
+from server.engine.duel import BLOCK
 from server.engine.messages import SamplingParams, SpeculationMode, SpeculationParams, Submit
 from server.engine.request import Draft, Request
 
@@ -96,6 +97,13 @@ def test_at_saturation_there_are_none_and_where_rows_are_free_all() -> None:
 def test_plateaus_are_used_up() -> None:
     stairs = cost({1: 1.0, 4: 1.0, 5: 3.0, 12: 3.0})
     assert Controller(stairs, 32).choose(pure(1), drafting(1), [draft(0.5, 0.1, 0.01, 0.01)], 99) == [3]
+
+
+def test_trees_of_copies_must_pay_for_themselves_beside_their_rows() -> None:
+    for more, count in ((0.4, 2), (1.2, 0)):
+        model = cost({1: 1.0, 512: 52.0}, rest=0.1)
+        model.tree.measure([(1, more)])
+        assert Controller(model, 32).choose(pure(1), drafting(1, asks=None), [draft(0.5, 0.45)], 99) == [count]
 
 
 def test_rows_are_not_exceeded() -> None:
@@ -243,11 +251,25 @@ def test_few_copies_in_a_large_crowd_are_not_worth_looking_for(num_copying: int,
     assert controller.considers_copies(64) is looks
 
 
-def test_heads_must_beat_plain_steps_among_themselves() -> None:
-    controller = Controller(cost({1: 1.0, 512: 52.0}, draft=0.2), 32)
-    controller.settle(1, 0.3)
-    assert controller.ask(pure(1), drafting(1, asks=None)) == [None]
-    assert None not in controller.ask(pure(3), drafting(3, asks=None))  # other batches have nothing to do with it
+def test_heads_rest_where_the_clock_is_against_them() -> None:
+    controller = Controller(cost(FLAT), 32)
+
+    def step(num_decoding: int) -> bool:
+        has_heads = controller.considers_heads(num_decoding)
+        seconds = 2.0 if has_heads and num_decoding == 4 else 1.0
+        controller.took(pure(num_decoding), 1.5 * num_decoding if has_heads else num_decoding, seconds, has_asked=True)
+        return has_heads
+
+    for size, least, most in ((4, 0.0, 0.05), (64, 0.95, 1.0)):
+        steps = [step(size) for _ in range(40 * BLOCK)]
+        assert least <= sum(steps[20 * BLOCK :]) / (20 * BLOCK) <= most
+
+
+def test_who_may_have_no_nodes_needs_no_duel() -> None:
+    controller = Controller(cost(FLAT), 0)
+    for _ in range(10 * BLOCK):
+        assert controller.considers_heads(1)
+        controller.took(pure(1), 1.0, 1.0, has_asked=True)
 
 
 def test_of_a_run_of_control_steps_the_first_do_not_count() -> None:

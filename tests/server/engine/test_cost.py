@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.cost import ROWS, CostModel, Curve, Load, isotonic, total
+from server.engine.cost import LEARNED_AT_ONCE, ROWS, CostModel, Curve, Load, Measured, isotonic, total
 
 NOTHING = (0.0, 0.0, 0.0, 0.0)
 
@@ -144,3 +144,33 @@ def test_a_step_without_trees_is_its_run_and_the_rest() -> None:
     model.measure_extra("requests", 0.1)
     assert model.step_seconds(load) == pytest.approx(0.5 + 1.0 + 0.2 + 0.5)
     assert model.draft_seconds(0) == 0
+
+
+def test_what_a_step_took_is_learned_by_its_kind() -> None:
+    model = CostModel()
+    model.run.measure([(1, 0.005), (8, 0.005)])
+
+    def measured(others: float, *, nodes: int = 0, asking: int = 0, is_steady: bool = True) -> Measured:
+        return Measured(2, NOTHING, 2, nodes, asking, is_steady, 0.005, 0.0, others)
+
+    kinds = [
+        measured(0.001),
+        measured(0.0015, nodes=3),
+        measured(0.003, nodes=3, asking=2),
+        measured(0.9, nodes=3, asking=2, is_steady=False),
+    ]
+    for step in kinds * (300 * LEARNED_AT_ONCE):
+        model.learn(step)
+    assert model.rest.seconds(2) == pytest.approx(0.001, rel=0.01)
+    assert model.tree.seconds(2) == pytest.approx(0.0005, rel=0.02)
+    assert model.draft.seconds(2) == pytest.approx(0.002, rel=0.02)
+
+
+def test_steps_are_learned_together_but_the_first() -> None:
+    model = CostModel()
+    model.learn(Measured(1, NOTHING, 1, 0, 0, True, 0.005, 0.0, 0.001))
+    assert model.run.seconds(1) == 0.005
+    for count in range(LEARNED_AT_ONCE):
+        assert model.run.seconds(1) == 0.005, count
+        model.learn(Measured(1, NOTHING, 1, 0, 0, True, 0.006, 0.0, 0.001))
+    assert model.run.seconds(1) > 0.005
