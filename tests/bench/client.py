@@ -92,6 +92,7 @@ class Sample:
     seconds: float
     num_spec_steps: int = 0
     num_accepted: int = 0
+    started: float = 0.0  # by `perf_counter`
 
 
 class _Recorder(asyncio.Protocol):
@@ -173,6 +174,7 @@ def read(side: Side, recording: Recording) -> Sample:
         seconds=reply.now - recording.started,
         num_spec_steps=reply.speculation.get("num_spec_steps", 0),
         num_accepted=reply.speculation.get("num_accepted_draft_tokens", 0),
+        started=recording.started,
     )
 
 

@@ -1,9 +1,10 @@
 """`python -m tests.bench.load`: one server, plain and with Medusa by turns, at 1 to 128 streams.
 
 Which of the two is a field of the request, so nothing differs but speculation, and no server is started in between.
-Speedups are medians of paired rounds, and beside them stands what the server says itself: by its counters over the very
-rounds, and by its gauge after the last of them (which remembers the plain rounds too); and which share of its engine's
-time went by outside of kernels, plain and with Medusa.
+Tokens are counted while all streams are busy (`Round.steady_tokens_per_second`). Speedups are medians of paired rounds.
+Beside them stands what the server says itself: by its counters over the very rounds, and by its gauge after the last of
+them (which remembers the plain rounds too); and which share of its engine's time went by outside of kernels, plain and
+with Medusa.
 
     --random-heads   heads that know nothing: what must never be much slower than plain decoding
     --mixed          prompts and answers of very different lengths, and no prefix cache
@@ -159,7 +160,7 @@ def publish(program: Program, found: Found, path: Path | None) -> None:
     """The tables on stdout and, if asked for, everything in a file."""
     machine = this_machine()
     twins = {item.side: PLAIN for item in found.rounds if item.side != PLAIN}
-    summaries = report.summarize(found.rounds, [PLAIN], twins)
+    summaries = report.summarize(found.rounds, [PLAIN], twins, report.STEADY)
     output().print(str(machine), table(summaries, found.told), sep="\n")
     if all(item.mean_acceptance_length is None for item in summaries):
         output().print("No guess was verified: the server has no heads, or none of their guesses paid.")

@@ -35,6 +35,17 @@ class Round:
         return sum(sample.num_tokens for sample in self.samples) / self.seconds
 
     @property
+    def steady_tokens_per_second(self) -> float:
+        """While all streams are busy: until fewer requests are left than streams. Each one's tokens come evenly.
+
+        Answers of one length end together if nobody speculates, and one by one if somebody does; in a load that goes
+        on, others would take their places.
+        """
+        begin = min(sample.started for sample in self.samples)
+        end = sorted(sample.started + sample.seconds for sample in self.samples)[-self.concurrency :][0]
+        return sum(sample.num_tokens * _share(sample, end) for sample in self.samples) / (end - begin)
+
+    @property
     def tokens_per_second_per_stream(self) -> float:
         return median(sample.num_tokens / sample.seconds for sample in self.samples)
 
@@ -45,6 +56,14 @@ class Round:
     @property
     def first_token_seconds(self) -> float:
         return median(sample.first_token_seconds for sample in self.samples)
+
+
+def _share(sample: Sample, end: float) -> float:
+    """Of its tokens, those that had come by `end`."""
+    first, last = sample.started + sample.first_token_seconds, sample.started + sample.seconds
+    if last <= end:
+        return 1.0
+    return (end - first) / (last - first) if first < end else 0.0
 
 
 def always_awake(side: Side) -> AbstractContextManager[None]:

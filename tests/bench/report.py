@@ -20,6 +20,7 @@ Speed = Callable[[Round], float]
 Ratio = tuple[float, float, float]  # low, median, high
 
 DECODING: Speed = attrgetter("tokens_per_second")
+STEADY: Speed = attrgetter("steady_tokens_per_second")
 PREFILL: Speed = attrgetter("prompt_tokens_per_second")
 
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.bench.client import BenchError, Prompt, Side
+from tests.bench.client import BenchError, Prompt, Sample, Side
 from tests.bench.fake_server import CHUNKS, USAGE, fake_server
-from tests.bench.measure import WARM_UP_TOKENS, measure, rotated, run
+from tests.bench.measure import WARM_UP_TOKENS, Round, measure, rotated, run
 from tests.bench.workload import Plan
 
 PROMPTS = tuple(Prompt(name) for name in "abcd")
@@ -18,6 +18,19 @@ PROMPTS = tuple(Prompt(name) for name in "abcd")
 def test_every_side_comes_first_in_turn() -> None:
     sides = [Side(name, 1, "model") for name in "abc"]
     assert ["".join(side.name for side in rotated(sides, turn)) for turn in range(4)] == ["abc", "bca", "cab", "abc"]
+
+
+def answer(started: float, first: float, last: float, num_tokens: int = 100) -> Sample:
+    return Sample(PROMPTS[0], "", 9, num_tokens, first - started, last - started, started=started)
+
+
+def test_what_comes_when_streams_run_idle_does_not_count() -> None:
+    samples = answer(100, 101, 110), answer(100, 101, 120), answer(110, 111, 131), answer(120, 121, 141)
+    done = Round("side", 2, 0, 41.0, 0.1, samples)
+    assert done.steady_tokens_per_second == pytest.approx((100 + 100 + 100 + 50) / 31)
+    assert Round("side", 1, 0, 41.0, 0.1, samples).steady_tokens_per_second == pytest.approx(400 / 41)
+    late = Round("side", 2, 0, 41.0, 0.1, (answer(100, 101, 110), answer(100, 115, 120)))
+    assert late.steady_tokens_per_second == pytest.approx(100 / 10)
 
 
 async def test_a_round_keeps_the_order_of_its_prompts() -> None:
