@@ -31,7 +31,7 @@ from random import Random
 from typing import Final, NamedTuple
 
 from server.engine.cost import CostModel, Features, Load, total
-from server.engine.duel import Duel
+from server.engine.duel import SETTLING, Duel
 from server.engine.messages import Decision, Duelled
 from server.engine.request import Draft, Request
 
@@ -60,8 +60,7 @@ FIRST_VALUES: Final = [  # before the heads were asked
 ]
 PRICED_NODES: Final = 4  # of each request's tree: how far the price of a row looks
 NUM_BUCKETS: Final = 12
-CONTROL_RUN: Final = 16  # control steps in a row
-SETTLING: Final = 4  # of them come before plain steps are as fast as they are among themselves: caches
+CONTROL_RUN: Final = 16  # control steps in a row, the first SETTLING of which do not count
 FIRST_CONTROLS: Final = (40, 3)  # the first so many of each batch size come so many times as often
 
 
@@ -222,6 +221,10 @@ class Controller:
     def is_settled(self) -> bool:
         """In a run of control steps: have there been enough of them?"""
         return self._control_left < CONTROL_RUN - SETTLING
+
+    def is_plain(self, num_decoding: int) -> bool:
+        """Is a step as good as a control step, if it has no nodes?"""
+        return self._duels[bucket(num_decoding)].is_plain
 
     def took(self, load: Load, expected_tokens: float, seconds: float, *, has_asked: bool) -> None:
         """A step without control took so long."""

@@ -36,6 +36,11 @@ class Duel:
         self._num_blocks = 0  # of the better side in a row
         self.interrupt()
 
+    @property
+    def is_plain(self) -> bool:
+        """Do heads rest, and have they rested for long enough that caches do not remember them?"""
+        return not self.has_heads and self._num_steps >= SETTLING
+
     def interrupt(self) -> None:
         """Steps of another kind come between: what was measured last is no neighbour."""
         self._last = None

@@ -30,7 +30,7 @@ class Trees:
     is_steady: bool = True  # see `Drafting`
     draft_seconds: float = 0.0
     is_control: bool = False
-    is_settled: bool = False  # a control step that says what plain decoding takes
+    is_settled: bool = False  # a step that says what plain decoding takes
 
 
 def grow(
@@ -48,7 +48,8 @@ def grow(
     able = _able(works, runner, heads=heads, copies=copies)
     bounds = controller.bounds([work.request for work in able])
     chosen = [(work, bound) for work, bound in zip(able, bounds, strict=True) if any(bound)]
-    plain = Trees(load, expected_tokens=float(load.num_decoding))
+    is_plain = controller.is_plain(load.num_decoding)
+    plain = Trees(load, expected_tokens=float(load.num_decoding), is_settled=is_plain)
     if not chosen and heads and copies:
         return plain
     if controller.is_control_step(load.num_decoding):
@@ -80,6 +81,7 @@ def grow(
         drafting.num_asking,
         drafting.is_steady,
         seconds,
+        is_settled=is_plain and not any(counts),
     )
 
 

@@ -17,7 +17,6 @@ from server.engine.controller import (
     PROBE_EVERY,
     PROBE_RUN,
     PROBED_SHARE,
-    SETTLING,
     Bound,
     Controller,
     Drafting,
@@ -26,7 +25,7 @@ from server.engine.controller import (
     bucket_name,
 )
 from server.engine.cost import CostModel, Load
-from server.engine.duel import BLOCK
+from server.engine.duel import BLOCK, SETTLING
 from server.engine.messages import SamplingParams, SpeculationMode, SpeculationParams, Submit
 from server.engine.request import Draft, Request
 
@@ -263,6 +262,16 @@ def test_heads_rest_where_the_clock_is_against_them() -> None:
     for size, least, most in ((4, 0.0, 0.05), (64, 0.95, 1.0)):
         steps = [step(size) for _ in range(40 * BLOCK)]
         assert least <= sum(steps[20 * BLOCK :]) / (20 * BLOCK) <= most
+
+
+def test_steps_in_which_heads_rest_for_a_duel_are_plain_but_the_first() -> None:
+    controller = Controller(cost(FLAT), 32)
+    found = []
+    for _ in range(2 * BLOCK):
+        found.append(controller.is_plain(1))
+        controller.took(pure(1), 1.0, 1.0, has_asked=controller.considers_heads(1))
+    assert found == [False] * (BLOCK + SETTLING) + [True] * (BLOCK - SETTLING)
+    assert not controller.is_plain(64)
 
 
 def test_who_may_have_no_nodes_needs_no_duel() -> None:
