@@ -26,7 +26,7 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil, exp
+from math import ceil, exp, log
 from random import Random
 from typing import Final, NamedTuple
 
@@ -174,6 +174,7 @@ class Controller:
         self._worthy: list[int] = []  # of being asked, by place, when last looked at
         self._kept_for: tuple[int, list[float], list[str]] = (0, [], [])  # rows, rooms and requests then
         self._kept_left = 0  # steps in which that holds
+        self._promised = 0.0  # gain of asking, as a logarithm, when last looked at
         self._probed: set[str] = set()  # requests, in this run of probes
         self._probes_left = 0
         self._rests, self._rests_from_copies = Rests(), Rests()
@@ -234,7 +235,7 @@ class Controller:
         if duel is not self._duelling:
             duel.interrupt()
             self._duelling = duel
-        duel.add(expected_tokens, seconds, has_asked=has_asked)
+        duel.add(expected_tokens, seconds, self._promised if has_asked else None)
 
     def duels(self) -> tuple[Duelled, ...]:
         """What the clock has said, by batch size."""
@@ -320,7 +321,7 @@ class Controller:
         run, rest = self.cost.run, self.cost.rest.seconds(load.num_decoding)
         values = self._gains[bucket(load.num_decoding)].values
         plain, own = self._worth(load), self.cost.extra(load.features)
-        best, best_rate = 0, (1 + LEAST_GAIN) * plain / (rest + total(run.seconds(load.num_rows), own))
+        best, best_rate = 0, 0.0
         for count in _powers(len(order)):
             asking = order[:count]
             weight = sum([weights[i] for i in asking])
@@ -333,7 +334,11 @@ class Controller:
                 seconds = fixed + total(run.seconds(load.num_rows + nodes * count), own + nodes * extra)
                 if tokens / seconds > best_rate:
                     best, best_rate = count, tokens / seconds
-        return order[:best]
+        if not best:
+            return []
+        self._promised = log(best_rate * (rest + total(run.seconds(load.num_rows), own)) / plain)
+        excess = self._duels[bucket(load.num_decoding)].excess
+        return order[:best] if self._promised > log(1 + LEAST_GAIN) + max(excess, 0.0) else []
 
     def choose(self, load: Load, drafting: Drafting, drafts: Sequence[Draft], row_budget: int) -> list[int]:
         """How many nodes of each draft are verified: together at most `row_budget`."""

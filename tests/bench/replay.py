@@ -106,7 +106,7 @@ class Static:
 
 
 class Dynamic:
-    """The engine's own controller, asking and choosing as it does there."""
+    """The engine's own controller, asking and choosing as it does there; no clock runs, so it has no duels."""
 
     name = "dynamic"
 

@@ -264,6 +264,19 @@ def test_heads_rest_where_the_clock_is_against_them() -> None:
         assert least <= sum(steps[20 * BLOCK :]) / (20 * BLOCK) <= most
 
 
+@pytest.mark.parametrize(("seconds", "least", "most"), [(1.2, 0.9, 1.0), (1.8, 0.0, 0.2)])
+def test_what_was_promised_and_not_kept_must_be_promised_on_top(seconds: float, least: float, most: float) -> None:
+    controller = Controller(cost({1: 1.0, 512: 52.0}, draft=0.2), 32)  # promises a gain of 0.29
+
+    def step() -> bool:
+        has_asked = controller.considers_heads(1) and controller.ask(pure(1), drafting(1, asks=None)) != [None]
+        controller.took(pure(1), 1.6 if has_asked else 1.0, seconds if has_asked else 1.0, has_asked=has_asked)
+        return has_asked
+
+    steps = [step() for _ in range(100 * BLOCK)]
+    assert least <= sum(steps[50 * BLOCK :]) / (50 * BLOCK) <= most
+
+
 def test_steps_in_which_heads_rest_for_a_duel_are_plain_but_the_first() -> None:
     controller = Controller(cost(FLAT), 32)
     found = []

@@ -15,7 +15,7 @@ def play(duel: Duel, num_blocks: int, gain: float, *, noise: float = 0.0, seed: 
     for step in range(num_blocks * BLOCK):
         with_heads += duel.has_heads
         seconds = (1 / gain if duel.has_heads else 1.0) * (1 + drift * step) * dice.uniform(1 - noise, 1 + noise)
-        duel.add(1.0, seconds, has_asked=duel.has_heads)
+        duel.add(1.0, seconds, 0.1 if duel.has_heads else None)
     return with_heads / (num_blocks * BLOCK)
 
 
@@ -38,7 +38,7 @@ def test_it_is_known_soon() -> None:
 def test_a_gain_that_comes_is_noticed() -> None:
     duel = Duel()
     play(duel, 30, 0.9)
-    play(duel, 5 * (TRIED_AGAIN[1] + 1), 1.2)
+    play(duel, 3 * (TRIED_AGAIN[1] + 1), 1.2)
     assert duel.gain > 0
     assert play(duel, 100, 1.2) > 0.9
 
@@ -47,7 +47,7 @@ def test_the_first_steps_of_a_block_do_not_count() -> None:
     duel = Duel()
     for block in range(2):
         for step in range(BLOCK):
-            duel.add(1.0, 9.0 if step < SETTLING and not block else 1.0, has_asked=True)
+            duel.add(1.0, 9.0 if step < SETTLING and not block else 1.0, 0.1)
     assert (duel.num_compared, duel.gain) == (1, 0.0)
 
 
@@ -55,7 +55,7 @@ def test_heads_that_did_not_guess_keep_their_turn() -> None:
     duel = Duel()
     for _ in range(3 * BLOCK):
         assert duel.has_heads
-        duel.add(1.0, 1.0, has_asked=False)
+        duel.add(1.0, 1.0, None)
     assert duel.num_compared == 0
 
 
@@ -65,3 +65,14 @@ def test_blocks_apart_are_not_compared() -> None:
         play(duel, 1, 0.5)
         duel.interrupt()
     assert duel.num_compared == 0
+
+
+def test_promises_are_compared_with_what_was_found() -> None:
+    duel = Duel()
+    for step in range(10 * BLOCK):
+        has_asked = duel.has_heads and step % 2 == 0
+        duel.add(1.0, 0.9 if has_asked else 1.0, 0.2 if has_asked else None)
+    assert duel.excess == pytest.approx(0.2 - 0.1026, abs=0.001)  # half of the steps bring 10 %
+    for _ in range(20 * BLOCK):
+        duel.add(1.0, 1.0, None)
+    assert 0.05 < duel.excess < 0.07
