@@ -36,7 +36,7 @@ KEPT: Final = 1 - 1 / WINDOW
 CONTROL_WINDOW: Final = 200.0
 PRIOR_STEPS: Final = 5.0  # control steps that the cost model's own estimate counts for
 PRIOR_SPREAD: Final = 0.1  # of a control step's time around the expected
-OUTLIER: Final = 4.0
+OUTLIER: Final = 2.0
 LEAST_STEPS: Final = 20.0  # of a batch size, before anything is said of it
 Z: Final = 1.96
 
@@ -109,6 +109,7 @@ class Plain:
     step_known: float
     token_modelled: float
     correction: float
+    expected: float  # by the model, for the step as it was: with its nodes and drafts
 
     def seconds(self, more_steps: float) -> float:
         """For the step, and so many more."""
@@ -127,22 +128,23 @@ class SpeedupMeter:
         """Of a step that took `taken` seconds, `node_seconds` of them for nodes and drafts."""
         correction = self.correction(load)
         token = self._cost.step_seconds(load.decoding()) if load.num_decoding else 0.0
+        expected = self._cost.step_seconds(load) + node_seconds
         if is_control or not load.num_decoding or not self._cost.run.is_known:
-            return Plain(0.0, taken, token, correction)
+            return Plain(0.0, taken, token, correction, expected)
         if load.is_pure:
-            return Plain(token, 0.0, token, correction)
-        return Plain(0.0, max(taken - node_seconds, 0.0), token, correction)
+            return Plain(token, 0.0, token, correction, expected)
+        return Plain(0.0, max(taken - node_seconds, 0.0), token, correction, expected)
 
     def add(self, load: Load, taken: float, plain: Plain, num_accepted: int, *, is_settled: bool) -> float:
         """Count one step. Returns the seconds that it saved, which may be below 0."""
         if taken <= 0:
             return 0.0
-        sums, expected = self._sums_of(load), self._cost.step_seconds(load)
-        if is_settled and load.is_pure and expected > 0:
-            sums.correction.add(min(taken / expected, OUTLIER))
+        sums = self._sums_of(load)
         more = num_accepted / load.num_decoding if load.num_decoding else 0.0
         saved = plain.seconds(more) - taken
-        if expected == 0 or taken < OUTLIER * expected:
+        if plain.expected == 0 or taken < OUTLIER * plain.expected:
+            if is_settled and load.is_pure and plain.expected > 0:
+                sums.correction.add(taken / plain.expected)
             sums.add(taken, plain.step_modelled + more * plain.token_modelled, plain.step_known)
         return saved
 

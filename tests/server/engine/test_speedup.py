@@ -100,5 +100,6 @@ def test_a_step_that_something_else_hit_counts_for_nothing() -> None:
     before = played.meter.speedups()[0].ratio
     load = Load(1, 0, 1, NOTHING, NOTHING)
     plain = played.meter.plain(load, 1.0, 0.0, is_control=False)
-    assert played.meter.add(load, 1.0, plain, 1, is_settled=False) < -0.9
+    for is_settled in (False, True):
+        assert played.meter.add(load, 1.0, plain, 1, is_settled=is_settled) < -0.9
     assert played.meter.speedups()[0].ratio == before
