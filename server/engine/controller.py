@@ -43,7 +43,7 @@ NUM_DECISIONS: Final = 32  # kept for people
 PROBE_COST: Final = 0.002  # of the time: what asking the heads once more may cost while they do not pay
 PROBE_EVERY: Final = (32, 400)  # steps between such runs, at least and at most
 PROBE_RUN: Final = 4  # steps in which the same requests are asked
-PROBED_SHARE: Final = 0.25  # of the requests
+MOST_PROBED: Final = 4  # requests, and at most a quarter of them: each has much to catch up with
 REST_STEPS: Final = 8
 KEPT_STEPS: Final = 3  # more, in which the same requests are worth asking
 USUAL_ROOM: Final = 0.8  # of a request for the heads; now and then copies leave less
@@ -288,7 +288,7 @@ class Controller:
             self._probes_left -= 1
         elif able and self._is_probing(load):
             self._probes_left = PROBE_RUN - 1
-            self._probed = {requests[i].id for i in self._random.sample(able, ceil(len(able) * PROBED_SHARE))}
+            self._probed = {requests[i].id for i in self._random.sample(able, _num_probed(len(able)))}
         else:
             return []
         return [i for i in able if requests[i].id in self._probed]
@@ -304,8 +304,8 @@ class Controller:
 
     def _is_probing(self, load: Load) -> bool:
         """Has it been long enough?"""
-        step, draft = self.cost.step_seconds(load), self.cost.draft_seconds(load.num_decoding)
-        steps = PROBE_RUN * PROBED_SHARE * draft / (PROBE_COST * step) if step > 0 else 0.0
+        step, draft = self.cost.step_seconds(load), self.cost.draft_seconds(_num_probed(load.num_decoding))
+        steps = PROBE_RUN * draft / (PROBE_COST * step) if step > 0 else 0.0
         return self._unasked_steps >= min(max(steps, PROBE_EVERY[0]), PROBE_EVERY[1])
 
     def _worth_asking(self, load: Load, drafting: Drafting) -> list[int]:
@@ -452,6 +452,10 @@ class StaticController(Controller):
         self._nodes_per_request += FORGETTING * (len(taken) / max(len(counts), 1) - self._nodes_per_request)
         self._note(load, drafting.num_asking, sum(wanted), sorted(taken, reverse=True))
         return counts
+
+
+def _num_probed(num_able: int) -> int:
+    return min(ceil(num_able / 4), MOST_PROBED)
 
 
 def _offered(draft: Draft) -> list[float]:

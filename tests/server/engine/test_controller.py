@@ -13,10 +13,10 @@ from server.engine.controller import (
     FIRST_CONTROLS,
     MAX_FORCED,
     MAX_NODES,
+    MOST_PROBED,
     PROBE_COST,
     PROBE_EVERY,
     PROBE_RUN,
-    PROBED_SHARE,
     Bound,
     Controller,
     Drafting,
@@ -142,16 +142,22 @@ def test_heads_are_asked_where_they_pay_at_a_price() -> None:
 
 
 def test_where_they_do_not_pay_they_rest_and_few_are_probed() -> None:
-    controller = Controller(cost(STEEP, draft=1.0), 32)  # probes take 0.25 s, the least of steps 8
+    controller = Controller(cost(STEEP, draft=1.0), 32)  # probes take 1 s, the least of steps 8
     load, asked, considered = pure(8), [], 0
     for _ in range(4000):
         if controller.considers_heads(8):
             considered += 1
             asked.append(sum(ask is not None for ask in controller.ask(load, drafting(8, asks=None))))
     runs = [list(run) for is_probe, run in itertools.groupby(asked, bool) if is_probe]
-    assert all(run == [8 * PROBED_SHARE] * PROBE_RUN for run in runs)
-    assert len(runs) * PROBE_RUN == pytest.approx(4000 * 8 * PROBE_COST / 0.25, rel=0.1)
+    assert all(run == [2] * PROBE_RUN for run in runs)
+    assert len(runs) * PROBE_RUN == pytest.approx(4000 * 8 * PROBE_COST, rel=0.1)
     assert considered < 4000 / 8 + PROBE_RUN * len(runs)
+
+
+def test_in_a_crowd_few_are_probed() -> None:
+    controller = Controller(cost(STEEP, draft=1.0), 32)
+    found = {sum(ask is not None for ask in controller.ask(pure(64), drafting(64, asks=None))) for _ in range(1000)}
+    assert found == {0, MOST_PROBED}
 
 
 def test_probes_ask_the_same_and_only_the_first_has_much_to_catch_up_with() -> None:
