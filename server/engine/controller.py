@@ -427,10 +427,8 @@ class Controller:
 class StaticController(Controller):
     """Everybody gets all they may, cut evenly where rows or slots are short: for comparison."""
 
-    def duels(self) -> tuple[Duelled, ...]:
-        """What the clock has said, by batch size."""
-        heard = [(bucket_name(i), duel) for i, duel in enumerate(self._duels) if duel.num_compared]
-        return tuple([Duelled(name, exp(duel.gain), duel.num_compared, duel.gain >= 0) for name, duel in heard])
+    def took(self, load: Load, expected_tokens: float, seconds: float, *, has_asked: bool) -> None:
+        """Nothing follows from it."""
 
     def considers_heads(self, num_decoding: int) -> bool:
         return True

@@ -345,6 +345,14 @@ def test_static_trees_take_all_and_are_cut_evenly() -> None:
     assert controller.ask(pure(3), drafting(3, asks=None)) == [0.0] * 3
 
 
+def test_static_trees_have_no_duels() -> None:
+    controller = StaticController(CostModel(), 8)
+    for _ in range(4 * BLOCK):
+        controller.took(pure(1), 1.0, 1.0, has_asked=True)
+        assert not controller.is_plain(1)
+    assert controller.duels() == ()
+
+
 def test_rows_kept_from_prompts_are_what_was_lately_taken() -> None:
     controller = Controller(cost(FLAT), 4)
     for _ in range(200):
