@@ -182,13 +182,13 @@ static void attend_rows(Scratch *scratch, const Attention *a, const Step *step, 
         }
     }
     for (int64_t r = begin; r < end; r++) {
-        const int64_t row = segment->first + r, from = kv_head * shared * a->v_dim, width = shared * a->v_dim;
+        const int64_t row = segment->first + r, head = kv_head * shared; /* the first of this kv head's */
         float *to = out + row * a->heads * a->v_dim;
         for (int64_t h = 0; h < shared; h++) {
             const float total = scratch->total[(r - begin) * shared + h];
-            for (int64_t c = from + h * a->v_dim; c < from + (h + 1) * a->v_dim; c += LANES) store(to + c, load(to + c) / total);
+            for (int64_t c = (head + h) * a->v_dim; c < (head + h + 1) * a->v_dim; c += LANES) store(to + c, load(to + c) / total);
         }
-        if (narrow) quantize(narrow, row, from, from + width, to);
+        if (narrow) quantize(narrow, row, head * a->v_dim, (head + shared) * a->v_dim, to);
     }
 }
 

@@ -240,7 +240,7 @@ class Controller:
     def duels(self) -> tuple[Duelled, ...]:
         """What the clock has said, by batch size."""
         heard = [(bucket_name(i), duel) for i, duel in enumerate(self._duels) if duel.num_compared]
-        return tuple([Duelled(name, exp(duel.gain), duel.num_compared, duel.gain >= 0) for name, duel in heard])
+        return tuple([Duelled(name, exp(duel.gain), duel.num_compared, duel.has_won) for name, duel in heard])
 
     def considers_heads(self, num_decoding: int) -> bool:
         """Is it to be looked at who might ask? Not where the clock is against it, or it has just paid for nobody."""

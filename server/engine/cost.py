@@ -192,7 +192,7 @@ class CostModel:
         return self.draft.seconds(num_asking) if num_asking else 0.0
 
     def learn(self, step: Measured) -> None:
-        """Sooner or later."""
+        """With the next ones: LEARNED_AT_ONCE together, but the first by itself."""
         self._unlearned.append(step)
         if len(self._unlearned) >= LEARNED_AT_ONCE or not self.run.is_known:
             for each in self._unlearned:

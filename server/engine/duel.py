@@ -51,6 +51,11 @@ class Duel:
         self.interrupt()
 
     @property
+    def has_won(self) -> bool:
+        """Are heads the better side so far?"""
+        return self.gain >= 0
+
+    @property
     def is_plain(self) -> bool:
         """Do heads rest, and have they rested for long enough that caches do not remember them?"""
         return not self.has_heads and self._num_steps >= SETTLING
@@ -87,7 +92,7 @@ class Duel:
         if self._last is not None and self._last.has_heads is not self.has_heads:
             self._compare(*sorted([self._last, here]))
         self._last = here
-        is_better = self.has_heads is (self.gain >= 0)
+        is_better = self.has_heads is self.has_won
         self._num_blocks = self._num_blocks + 1 if is_better else 0
         if not is_better or self._num_blocks >= self._turn():
             self.has_heads = not self.has_heads
