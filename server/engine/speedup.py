@@ -8,11 +8,11 @@ step with the same rows but without nodes, and `A / B` steps more with the `B` r
 and the speedup over many steps is `sum(plain) / sum(seconds taken)`, everything counted that a step takes: drafting,
 scheduling, messages, steps without nodes. `p` is the cost model's time (it knows rows, requests and context lengths),
 multiplied by a correction: the mean of measured over expected time of control steps, a small random share of steps that
-decode plainly on purpose, in runs whose first steps do not count (`Controller.is_control_step`), and of such steps in
-which heads rest that they be compared (`duel`), where these have no nodes. They make the estimate
-honest where the model is biased; the model makes it precise although they are few. Where prompts are computed in the
-step too, `p(rows without nodes)` is the time taken less what the model says of nodes and drafts, since prompt rows are
-the same either way. Control steps count as 1.
+decode plainly on purpose, in runs whose first steps do not count (`Controller.is_control_step`), and of steps without
+nodes in which heads rest in order to be compared (`duel`). They make the estimate honest where the model is biased;
+the model makes it precise although they are few. Where prompts are computed in the step too, `p(rows without nodes)` is
+the time taken less what the model says of nodes and drafts, since prompt rows are the same either way. Control steps
+count as 1.
 
 What it assumes: that accepted tokens would have been decoded in batches of the same size; that a step's time does not
 depend on the steps before; that a step of more than OUTLIER times the expected time was hit by something else.
