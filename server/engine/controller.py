@@ -227,6 +227,10 @@ class Controller:
         """Is a step as good as a control step, if it has no nodes?"""
         return self._duels[bucket(num_decoding)].is_plain
 
+    def joined(self, num_new: int, num_requests: int) -> None:
+        """So many of the requests in this step are new."""
+        self._duels[bucket(num_requests)].joined(num_new, num_requests)
+
     def took(self, load: Load, expected_tokens: float, seconds: float, *, has_asked: bool) -> None:
         """A step without control took so long."""
         if not load.is_pure or not load.num_decoding or not self._num_nodes:

@@ -114,6 +114,8 @@ class Engine:
         begun = [work.request for work in works if work.request.first_scheduled_time is None]
         for request in begun:
             request.first_scheduled_time = started
+        if begun:
+            self.controller.joined(len(begun), len(works))
         trees = grow(works, self.runner, self.controller, self.scheduler, self._clock)
         outcomes = self._run(works)
         taken, plain = self._learn(trees, started)

@@ -10,6 +10,7 @@ has to promise more.
 
 Invariants:
 - the better side so far has nearly all blocks; the other is tried again the more seldom the clearer it was;
+- heads that have lost are tried again once the requests are others, whose text may suit them;
 - a block in which the heads were free to guess but hardly did says nothing, and does not end their turn.
 """
 
@@ -48,6 +49,7 @@ class Duel:
         self.has_heads = True  # this block: may they be asked?
         self._last: Block | None = None  # the one before
         self._num_blocks = 0  # of the better side in a row
+        self._renewed = 0.0  # see `joined`, since heads were last tried
         self.interrupt()
 
     @property
@@ -65,6 +67,13 @@ class Duel:
         self._last = None
         self._begin()
 
+    def joined(self, num_new: int, num_requests: int) -> None:
+        """So many are new. Of one request, what was found says nothing; the mean over a crowd stays much the same."""
+        self._renewed += num_new / num_requests**2
+        if self._renewed >= 1 and not self.has_heads and not self.has_won and self.num_compared >= SURE_AFTER:
+            self.has_heads = True
+            self._begin()
+
     def add(self, tokens: float, seconds: float, promised: float | None) -> None:
         """One step of this block. `promised`: the gain of asking the heads, a logarithm; None: they were not."""
         self._num_steps += 1
@@ -78,6 +87,7 @@ class Duel:
             self._begin()
 
     def _begin(self) -> None:
+        self._renewed = 0.0 if self.has_heads else self._renewed
         self._num_steps = self._num_asked = 0
         self._tokens = self._seconds = self._promised = 0.0
 

@@ -43,6 +43,27 @@ def test_a_gain_that_comes_is_noticed() -> None:
     assert play(duel, 100, 1.2) > 0.9
 
 
+@pytest.mark.parametrize(("gain", "num_requests", "num_new"), [(0.8, 1, 1), (0.8, 3, 9), (1.2, 1, 0)])
+def test_others_try_heads_that_have_lost(gain: float, num_requests: int, num_new: int) -> None:
+    duel = Duel()
+    play(duel, 20, gain)
+    assert duel.has_heads == (gain > 1)
+    for _ in range(num_new):
+        assert duel.has_heads == (gain > 1)
+        duel.joined(1, num_requests)
+    assert duel.has_heads
+    play(duel, 1, gain)
+    assert duel.has_heads == (gain > 1)  # they have been tried
+
+
+def test_requests_do_not_end_a_turn_without_heads_that_have_won() -> None:
+    duel = Duel()
+    while duel.num_compared < SURE_AFTER or duel.has_heads:
+        play(duel, 1, 1.2)
+    duel.joined(1, 1)
+    assert not duel.has_heads
+
+
 def test_the_first_steps_of_a_block_do_not_count() -> None:
     duel = Duel()
     for block in range(2):
