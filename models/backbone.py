@@ -8,10 +8,11 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -25,13 +26,14 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.quantizers import AutoHfQuantizer
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from models.attention import PagedTreeAttention, c_attention, kernel_for
 from models.batch import Batch
-from models.fused import FusedModel, can_fuse
+from models.fused import FusedModel, can_fuse, is_common
 from models.inner import InnerLayersError, InnerStates, check_layers
 from models.kernels.cpu import PackedLinear, kernels
+from models.kernels.gpu import runs_triton
 from models.kv_pool import KVPool
 from models.mtp import without_extra_heads
 from models.probe import (
@@ -46,7 +48,12 @@ from models.probe import (
 )
 from models.quantize import Quantization, default_quantization, quantize_linears
 
+if TYPE_CHECKING:
+    from models.fused_gpu import FusedOnGpu
+
 __all__ = ["Backbone", "BackboneError"]
+
+logger = logging.getLogger(__name__)
 
 MAX_POSITIONS = 1 << 17  # of a model that names no limit, when they must be counted
 
@@ -66,7 +73,7 @@ class Backbone:
         self.hidden_size: int = self.lm_head_weight.shape[1]
         self.kv_dtype = model.dtype
         self.quantization = "none"
-        self._fused: FusedModel | None = None
+        self._fused: FusedModel | FusedOnGpu | None = None
         self._table: Tensor | None = None  # a fused model's input embedding in float32
         head.register_forward_pre_hook(self._keep_hidden)
         self._hidden: Tensor | None = None
@@ -84,6 +91,8 @@ class Backbone:
         self.num_layers = len(self.kv_shapes)
         self.max_position_embeddings = position_limit(model)
         self.eos_token_ids = tuple(id for id in _eos_token_ids(model) if 0 <= id < self.vocab_size)
+        if runs_triton(model.device) and is_common(model, self._attention.scorings):
+            self._fuse_on_gpu(reference)
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: torch.dtype, device: torch.device, extra_heads: bool = True) -> Backbone:
@@ -134,6 +143,18 @@ class Backbone:
         quantize_linears(self._model, bits)
         self._model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
 
+    def _fuse_on_gpu(self, reference: Tensor) -> None:
+        """From now on fewer, larger kernels run the model, if they find the `reference` logits of its check."""
+        from models.fused_gpu import FusedOnGpu
+
+        try:
+            num_positions = self.max_position_embeddings or MAX_POSITIONS
+            self._fused = FusedOnGpu(self._model, self._attention.scorings, num_positions)
+            check_logits(self, self._model, reference)
+        except Exception:
+            logger.exception("The fused layers do not run this model here; its own code does, which is slower.")
+            self._fused = None
+
     @property
     def embedding_weight(self) -> Tensor:
         """The input embedding, [vocab, hidden]."""
@@ -145,11 +166,11 @@ class Backbone:
     @property
     def packed_embedding(self) -> PackedLinear | None:
         """The input embedding as the kernels of a fused model have it."""
-        return None if self._fused is None else self._fused.embedding
+        return self._fused.embedding if isinstance(self._fused, FusedModel) else None
 
     def forget_embeddings(self) -> None:
         """Give back the float32 embeddings of a fused model, which it only kept for heads to be built from."""
-        if self._fused is not None:
+        if isinstance(self._fused, FusedModel):
             self._table = self.lm_head_weight = self.lm_head_weight.new_empty(0, self.hidden_size)
 
     def show(self, layers: tuple[int, ...]) -> None:
@@ -281,12 +302,12 @@ def _brief(error: Exception) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers from talking: what matters here is raised."""
-    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    verbosity, progress = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
         if progress:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()

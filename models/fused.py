@@ -34,7 +34,7 @@ COMMON = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3Fo
 FIXED_ROTATIONS = {"default", "linear", "llama3", "yarn"}  # of a position, whatever the others are
 
 
-def can_fuse(model: PreTrainedModel, scorings: Mapping[int, Scoring]) -> bool:
+def is_common(model: PreTrainedModel, scorings: Mapping[int, Scoring]) -> bool:
     """Whether `model` is of the common shape. `scorings`: how each layer has called the attention."""
     if type(model).__name__ not in COMMON:
         return False
@@ -44,24 +44,37 @@ def can_fuse(model: PreTrainedModel, scorings: Mapping[int, Scoring]) -> bool:
     )
 
 
+def can_fuse(model: PreTrainedModel, scorings: Mapping[int, Scoring]) -> bool:
+    """Whether `FusedModel` can run `model`."""
+    return is_common(model, scorings) and all(map(_fits, model.model.layers))
+
+
 def _is_common(layer: Any, scoring: Scoring) -> bool:
     attn, mlp = layer.self_attn, layer.mlp
     linears = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    widths = (attn.q_proj.in_features, attn.o_proj.in_features, mlp.down_proj.in_features, attn.head_dim)
     return (
         scoring.softcap is None
         and scoring.sinks is None
         and all(type(linear) is nn.Linear for linear in linears)
-        and all(width % reference.GROUP == 0 for width in widths)
+        and type(mlp.act_fn).__name__ in ("SiLUActivation", "SiLU")
+    )
+
+
+def _fits(layer: Any) -> bool:
+    """Whether the C kernels know its sizes."""
+    attn = layer.self_attn
+    widths = (attn.q_proj.in_features, attn.o_proj.in_features, layer.mlp.down_proj.in_features, attn.head_dim)
+    return (
+        all(width % reference.GROUP == 0 for width in widths)
         and attn.head_dim <= cpu.MAX_DIM
         and attn.q_proj.out_features <= cpu.MAX_SHARED * attn.k_proj.out_features
-        and type(mlp.act_fn).__name__ in ("SiLUActivation", "SiLU")
     )
 
 
 def can_fuse_drafter(heads: SequentialHeads) -> bool:
     """Whether `FusedSequential` can run `heads`."""
-    return _is_common(heads.layer, Scoring(1.0)) and heads.shape.hidden_size % reference.GROUP == 0
+    layer = heads.layer
+    return _is_common(layer, Scoring(1.0)) and _fits(layer) and heads.shape.hidden_size % reference.GROUP == 0
 
 
 class FusedLayers:
@@ -85,7 +98,7 @@ class FusedLayers:
     def _trunk(
         self, embedding: cpu.LinearStruct, norm: Tensor, head: cpu.LinearStruct, rotary: nn.Module, positions: int
     ) -> cpu.TrunkStruct:
-        cosines, sines = _rotations(rotary, positions)
+        cosines, sines = rotations(rotary, positions)
         return cpu.TrunkStruct(
             self._layers,
             len(self._layers),
@@ -124,7 +137,7 @@ class FusedLayers:
     def _pack(self, layer: Any) -> cpu.LayerStruct:
         attn, mlp = layer.self_attn, layer.mlp
         return cpu.LayerStruct(
-            qkv=self._linear(_stacked(attn.q_proj, attn.k_proj, attn.v_proj)),
+            qkv=self._linear(stacked(attn.q_proj, attn.k_proj, attn.v_proj)),
             out=self._linear((attn.o_proj.weight, attn.o_proj.bias)),
             gate_up=self._linear(_interleaved(mlp.gate_proj, mlp.up_proj)),
             down=self._linear((mlp.down_proj.weight, mlp.down_proj.bias)),
@@ -268,13 +281,13 @@ def _ask_struct(chain: Chain) -> cpu.AskStruct:
     return cpu.AskStruct(*map(cpu.address, tensors), *sizes, *limits)
 
 
-def _rotations(rotary: nn.Module, num_positions: int) -> tuple[Tensor, Tensor]:
+def rotations(rotary: nn.Module, num_positions: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of all positions as the model computes them: [num_positions, rotary_dim] each."""
     cosines, sines = rotary(torch.empty(0), torch.arange(num_positions)[None])
     return cosines[0], sines[0]
 
 
-def _stacked(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def stacked(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """One weight and one bias that do what `linears` do, outputs one after another."""
     weight = torch.cat([linear.weight for linear in linears])
     if all(linear.bias is None for linear in linears):
@@ -287,9 +300,9 @@ def _stacked(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 def _interleaved(gate: nn.Linear, up: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Blocks of the gate's and of the up projection's outputs in turn."""
-    weight, bias = _stacked(gate, up)
+    weight, bias = stacked(gate, up)
 
-    def turn(stacked: Tensor) -> Tensor:
-        return stacked.view(2, -1, cpu.BLOCK, *stacked.shape[1:]).transpose(0, 1).reshape(stacked.shape)
+    def turn(both: Tensor) -> Tensor:
+        return both.view(2, -1, cpu.BLOCK, *both.shape[1:]).transpose(0, 1).reshape(both.shape)
 
     return turn(weight), None if bias is None else turn(bias)

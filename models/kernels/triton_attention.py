@@ -262,7 +262,7 @@ def lay_out(segments: Sequence[Segment], slots: Tensor, shared: int) -> Tiles:
     Nothing is asked of the device, so nothing waits for it: what is new goes there in one copy.
     """
     most = max(segment.num_rows for segment in segments) * shared
-    width = min(max(_power(most), 16), max(MAX_TILE, _power(shared)))
+    width = min(max(power(most), 16), max(MAX_TILE, power(shared)))
     height = width // shared
     tiles: list[tuple[int, ...]] = []
     ancestors: list[int] = []
@@ -293,9 +293,9 @@ def _bits(parents: tuple[int, ...]) -> tuple[int, ...]:
 
 def _width(dim: int) -> int:
     """Dims that a program works on: a tensor core takes no fewer than 16."""
-    return max(_power(dim), 16)
+    return max(power(dim), 16)
 
 
-def _power(size: int) -> int:
+def power(size: int) -> int:
     """The power of 2 that is not less."""
     return 1 << (size - 1).bit_length()
