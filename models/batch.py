@@ -33,7 +33,7 @@ class Segment:
     """The rows of one request in this step, packed one after another: first a chain, then tree nodes."""
 
     num_rows: int
-    context: Tensor  # [context_len] int64; slots of the tokens at positions 0 .. context_len - 1
+    context: Tensor  # [context_len] int64, on the host; slots of the tokens at positions 0 .. context_len - 1
     num_chain: int  # consecutive tokens (a chunk of the prompt, or the root), at least one
     parents: tuple[int, ...]  # of each node: its parent's index among the nodes, or -1 for the last row of the chain
 
@@ -74,17 +74,29 @@ class Layout:
 
 
 class Batch:
-    """One step, ready for every layer. Layouts are made when a kernel first asks."""
+    """One step, ready for every layer. Layouts are made, and go to the device, when a kernel first asks."""
 
-    def __init__(self, segments: Sequence[Segment], positions: Tensor, slots: Tensor) -> None:
-        self.positions = positions  # [rows] int64
-        self.slots = slots  # [rows] int64; where the K and V of each row go
+    def __init__(
+        self, segments: Sequence[Segment], positions: Tensor, slots: Tensor, device: torch.device | str
+    ) -> None:
         self.segments = segments
+        self.on_host = positions, slots  # as below
+        self._device = device
         self._remembered: dict[object, Any] = {}
         ends = list(itertools.accumulate(segment.num_rows for segment in segments))
         assert ends
         assert ends[-1] == positions.shape[0] == slots.shape[0]
         self._starts = [0, *ends[:-1]]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[rows] int64."""
+        return self.on_host[0].to(self._device)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """[rows] int64; where the K and V of each row go."""
+        return self.on_host[1].to(self._device)
 
     def remember(self, name: object, make: Callable[[], T]) -> T:
         """What a kernel has made of the step for itself, for the layers to come."""
@@ -116,14 +128,14 @@ class Batch:
         return Layout(segments, torch.cat(tables), torch.from_numpy(np.array(parents, dtype=np.int32)))
 
 
-def integers(values: Sequence[int], device: torch.device | str) -> Tensor:
+def integers(values: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """int64, a copy: an array whose buffer is lent could not grow. `torch.tensor` takes several times as long."""
     return torch.from_numpy(np.array(values, dtype=np.int64)).to(device)
 
 
 def build_batch(segments: Sequence[Segment], positions: Tensor, slots: Tensor, device: torch.device | str) -> Batch:
-    """Lay out one step. `positions` and `slots`: [rows] int64, in the order of the segments' rows."""
-    return Batch(segments, positions.to(device), slots.to(device))
+    """Lay out one step. `positions` and `slots`: [rows] int64 on the host, in the order of the segments' rows."""
+    return Batch(segments, positions, slots, device)
 
 
 def _work(num_rows: int, num_keys: int) -> int:

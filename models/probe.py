@@ -191,7 +191,7 @@ def reference_logits(model: PreTrainedModel) -> Tensor:
 def check_logits(backbone: Backbone, model: PreTrainedModel, reference: Tensor) -> None:
     """Raise `BackboneError` unless two packed sequences in two steps, one with a tree, agree with `reference`."""
     first, second = _sequences(model)
-    slots = torch.arange(31, 0, -1, device=model.device)
+    slots = torch.arange(31, 0, -1)
     pool = KVPool(backbone.kv_shapes, 31, dtype=model.dtype, device=model.device)
 
     def step(segments: list[Segment], tokens: list[Tensor], positions: list[int], its_slots: Tensor) -> Tensor:

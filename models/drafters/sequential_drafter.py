@@ -175,9 +175,9 @@ class SequentialDrafter:
         states = memory.parts[0] if len(memory.parts) == 1 else torch.cat(memory.parts)
         memory.parts, memory.count = [states[-1:]], 1  # the root's own slot is known only later
         return Chain(
-            torch.from_numpy(context).to(self._device),
+            torch.from_numpy(context),
             integers(ask.text[first : root + 1], self._device),
-            integers([*own.tolist(), self._take_slot()], self._device),
+            integers([*own.tolist(), self._take_slot()]),
             states,
             first,
             ask.num_nodes,
@@ -217,8 +217,7 @@ class SequentialDrafter:
             above = branch.slots[guess.parent]
             slot = self._take_slot()
             branch.slots[node] = (*above, slot)
-            path = torch.tensor(above, dtype=torch.int64, device=self._device)
-            segments.append(Segment(1, torch.cat([branch.context, path]), 1, ()))
+            segments.append(Segment(1, torch.cat([branch.context, integers(above)]), 1, ()))
             tokens.append(guess.token)
             positions.append(len(branch.ask.text) - 1 + branch.growth.depth(node))
             slots.append(slot)

@@ -12,22 +12,23 @@ Invariants:
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
     from models.attention import Scoring
-    from models.batch import Batch, Segment
+    from models.batch import Batch
 
 MAX_NODES: Final = 64
 SPAN: Final = 1024  # keys of one program
+MIN_TILE: Final = 16  # a tensor core takes no fewer
 MAX_TILE: Final = 64  # queries of one program, if no more heads share a kv head
 KEYS_AT_A_TIME: Final = 32
 
@@ -179,22 +180,33 @@ def _write(
     V_WIDTH: tl.constexpr,
 ):
     row, head = tl.program_id(0), tl.program_id(1)
-    pair = tl.load(slots + row) * KV_HEADS + head
+    slot = tl.load(slots + row)
+    pair = slot * KV_HEADS + head
     k_dims, v_dims = tl.arange(0, K_WIDTH), tl.arange(0, V_WIDTH)
     k = tl.load(key + row * key_row + head * key_head + k_dims, mask=k_dims < K_DIM)
     v = tl.load(value + row * value_row + head * value_head + v_dims, mask=v_dims < V_DIM)
-    tl.store(keys + pair * K_DIM + k_dims, k.to(keys.dtype.element_ty), mask=k_dims < K_DIM)
-    tl.store(values + pair * V_DIM + v_dims, v.to(values.dtype.element_ty), mask=v_dims < V_DIM)
+    tl.store(keys + pair * K_DIM + k_dims, k.to(keys.dtype.element_ty), mask=(k_dims < K_DIM) & (slot > 0))
+    tl.store(values + pair * V_DIM + v_dims, v.to(values.dtype.element_ty), mask=(v_dims < V_DIM) & (slot > 0))
+
+
+class Tables(NamedTuple):
+    """What `_attend` reads of a step, on the host, and what decides the size of its grid."""
+
+    tiles: NDArray[np.int64]  # [tiles, 6]
+    ancestors: NDArray[np.int64]  # [rows]
+    table: NDArray[np.int64]  # [keys of contexts and chains]
+    num_spans: int
+    width: int  # queries of a tile
 
 
 class Tiles(NamedTuple):
-    """What `_attend` reads of a step, on its device, and the size of its grid."""
+    """The same on the device."""
 
-    tiles: Tensor  # [tiles, 6]
-    table: Tensor  # [keys of contexts and chains]
-    ancestors: Tensor  # [rows]
+    tiles: Tensor
+    ancestors: Tensor
+    table: Tensor
     num_spans: int
-    width: int  # queries of a tile
+    width: int
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scoring: Scoring) -> Tensor:
@@ -202,7 +214,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scoring
     num_rows, num_heads, k_dim = query.shape
     kv_heads, v_dim = values.shape[1:]
     shared = num_heads // kv_heads
-    laid = batch.remember(("tiles", shared), lambda: lay_out(batch.segments, batch.slots, shared))
+    laid = batch.remember(("tiles", shared), lambda: lay_out(batch, shared))
     is_split = laid.num_spans > 1
     out = query.new_empty(num_rows, num_heads, v_dim)
     parts = query.new_empty(laid.num_spans, *out.shape, dtype=torch.float32) if is_split else out
@@ -247,7 +259,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scoring
 
 
 def write(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
-    """Store `key` [rows, kv_heads, k_dim] and `value` at `slots` [rows] of one layer's pool, in one launch."""
+    """Store `key` [rows, kv_heads, k_dim] and `value` at `slots` [rows] of one layer's pool, but nothing at slot 0."""
     rows, kv_heads, k_dim = key.shape
     v_dim = value.shape[2]
     key, value = (each if each.stride(2) == 1 else each.contiguous() for each in (key, value))
@@ -256,29 +268,41 @@ def write(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tenso
     _write[rows, kv_heads](key, value, keys, values, slots, *strides, KV_HEADS=kv_heads, **widths)
 
 
-def lay_out(segments: Sequence[Segment], slots: Tensor, shared: int) -> Tiles:
-    """Cut segments into tiles. `shared`: query heads of each kv head; `slots`: [rows], on the step's device.
+def lay_out(batch: Batch, shared: int) -> Tiles:
+    """Cut segments into tiles. `shared`: query heads of each kv head.
 
     Nothing is asked of the device, so nothing waits for it: what is new goes there in one copy.
     """
-    most = max(segment.num_rows for segment in segments) * shared
-    width = min(max(power(most), 16), max(MAX_TILE, power(shared)))
-    height = width // shared
+    most = max(segment.num_rows for segment in batch.segments) * shared
+    found = tables(batch, shared, max(least_width(shared), min(power(most), MAX_TILE)))
+    parts = found.tiles.reshape(-1), found.ancestors, found.table
+    flat = torch.from_numpy(np.concatenate(parts)).to(batch.slots.device, non_blocking=True)
+    tiles, ancestors, table = flat.split_with_sizes(list(map(len, parts)))
+    return Tiles(tiles.view(-1, 6), ancestors, table, found.num_spans, found.width)
+
+
+def tables(batch: Batch, shared: int, width: int) -> Tables:
+    """Of tiles of `width` queries."""
+    height, slots = width // shared, batch.on_host[1].numpy()
     tiles: list[tuple[int, ...]] = []
     ancestors: list[int] = []
-    tables, place, packed, longest = [], 0, 0, 0
-    for segment in segments:
+    listed, place, packed, longest = [], 0, 0, 0
+    for segment in batch.segments:
         num_context, num_chain = len(segment.context), segment.num_chain
         sizes = place, num_context, num_chain, segment.num_rows, packed
         tiles += [(*sizes, first) for first in range(0, segment.num_rows, height)]
         ancestors += [0] * num_chain
         ancestors += _bits(segment.parents)
-        tables += [segment.context, slots[packed : packed + num_chain]]
+        listed += [segment.context.numpy(), slots[packed : packed + num_chain]]
         place, packed = place + num_context + num_chain, packed + segment.num_rows
         longest = max(longest, num_context + segment.num_rows)
-    flat = torch.tensor([*itertools.chain.from_iterable(tiles), *ancestors]).to(slots.device, non_blocking=True)
-    split = 6 * len(tiles)
-    return Tiles(flat[:split].view(-1, 6), torch.cat(tables), flat[split:], -(-longest // SPAN), width)
+    arrays = np.array(tiles, dtype=np.int64), np.array(ancestors, dtype=np.int64), np.concatenate(listed)
+    return Tables(*arrays, -(-longest // SPAN), width)
+
+
+def least_width(shared: int) -> int:
+    """Queries of the smallest tile."""
+    return max(power(shared), MIN_TILE)
 
 
 @lru_cache(maxsize=4096)
@@ -292,8 +316,8 @@ def _bits(parents: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _width(dim: int) -> int:
-    """Dims that a program works on: a tensor core takes no fewer than 16."""
-    return max(power(dim), 16)
+    """Dims that a program works on."""
+    return max(power(dim), MIN_TILE)
 
 
 def power(size: int) -> int:

@@ -95,7 +95,7 @@ class SelfSpeculation:
         for sequence, tree in zip(sequences, trees, strict=True):
             start = len(sequence.slots)
             pending = sequence.tokens[start:]
-            context = torch.tensor(sequence.slots, dtype=torch.int64, device=self._device)
+            context = torch.tensor(sequence.slots, dtype=torch.int64)
             segments.append(Segment(len(pending) + len(tree), context, len(pending), tree.parents))
             scored += range(len(tokens) + len(pending) - 1, len(tokens) + len(pending) + len(tree))
             tokens += [*pending, *tree.tokens]

@@ -230,11 +230,11 @@ class Runner:
             tokens += [*work.chain_tokens, *work.node_tokens]
             positions += [*range(work.start, root + 1), *(root + depth for depth in tree.depths)]
             slots += [*work.chain_slots, *work.node_slots]
-            context = integers(work.request.slots, device)
+            context = integers(work.request.slots)
             segments.append(Segment(work.num_chain + len(tree), context, work.num_chain, work.node_parents))
         if self.drafter is not None:
             self.drafter.overwrite(slots)
-        batch = build_batch(segments, integers(positions, device), integers(slots, device), device)
+        batch = build_batch(segments, integers(positions), integers(slots), device)
         rows, asked = list(chain.from_iterable(kept)), list(chain.from_iterable(scored))
         is_same = len(rows) == len(asked)
         places = {row: place for place, row in enumerate(rows)} if not is_same else {}

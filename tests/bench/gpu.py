@@ -137,7 +137,7 @@ def speed(rows: int, seconds: Sequence[float], of_one_row: Sequence[float], floo
 
 def step_of(backbone: Backbone, pool: KVPool, rows: int, context: int, device: torch.device) -> Callable[[], float]:
     """A step of `rows` requests. It returns its seconds."""
-    contexts = [torch.arange(i * (context + 1) + 1, (i + 1) * (context + 1), device=device) for i in range(rows)]
+    contexts = [torch.arange(i * (context + 1) + 1, (i + 1) * (context + 1)) for i in range(rows)]
     positions, slots = torch.full((rows,), context), torch.arange(1, rows + 1) * (context + 1)
     tokens, asked = torch.arange(rows, device=device) % backbone.vocab_size, torch.arange(rows, device=device)
 
