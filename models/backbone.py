@@ -50,6 +50,7 @@ from models.quantize import Quantization, default_quantization, quantize_linears
 
 if TYPE_CHECKING:
     from models.fused_gpu import FusedOnGpu
+    from models.graphs import Graphs
 
 __all__ = ["Backbone", "BackboneError"]
 
@@ -74,6 +75,7 @@ class Backbone:
         self.kv_dtype = model.dtype
         self.quantization = "none"
         self._fused: FusedModel | FusedOnGpu | None = None
+        self._graphs: Graphs | None = None
         self._table: Tensor | None = None  # a fused model's input embedding in float32
         head.register_forward_pre_hook(self._keep_hidden)
         self._hidden: Tensor | None = None
@@ -155,6 +157,23 @@ class Backbone:
             logger.exception("The fused layers do not run this model here; its own code does, which is slower.")
             self._fused = None
 
+    def record(self, pool: KVPool, *, most_rows: int, longest: int) -> int:
+        """From now on steps of at most `most_rows` rows on `pool` are recorded ones. Returns how many are.
+
+        0, and all stays as it is, but on a GPU for a model that is fused there. `longest`: tokens of a sequence.
+        """
+        if self._fused is None or isinstance(self._fused, FusedModel):
+            return 0
+        from models.graphs import CudaRecorder, Graphs
+
+        try:
+            limits = {"shared": self._fused.shared, "most_rows": most_rows, "longest": longest}
+            self._graphs = Graphs(self._fused.forward, pool, **limits, record=CudaRecorder())
+        except Exception:
+            logger.exception("Steps cannot be recorded here; they are launched kernel by kernel, which is slower.")
+            return 0
+        return self._graphs.num_graphs
+
     @property
     def embedding_weight(self) -> Tensor:
         """The input embedding, [vocab, hidden]."""
@@ -189,16 +208,23 @@ class Backbone:
         except InnerLayersError as error:
             raise BackboneError(str(error)) from error
         self.inner_layers = layers
+        self._graphs = None  # of other states
 
     def forward(
         self, tokens: Tensor, batch: Batch, pool: KVPool, rows: Tensor, scored: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run `tokens` and keep `rows` [n]: logits [n, vocab] float32 and hidden [n, hidden].
+        """Run `tokens` and keep `rows` [n]: logits [n, vocab] float32, until the next step, and hidden [n, hidden].
 
-        With `scored`, indices into `rows`, logits are of those only. Hidden is what enters the output embedding, behind
-        what `show` added: [n, (layers + 1) * hidden] then; of a multi-token model what its extra heads would put there,
-        one after another. K and V of all rows are in `pool` afterwards, at `batch.slots`.
+        If `rows` are all, they ascend. With `scored`, indices into `rows`, logits are of those only. Hidden is what
+        enters the output embedding, behind what `show` added: [n, (layers + 1) * hidden] then; of a multi-token model
+        what its extra heads would put there, one after another. K and V of all rows are in `pool` afterwards, at
+        `batch.slots`.
         """
+        is_whole = scored is None and rows.shape[0] == tokens.shape[0]
+        if self._graphs is not None and is_whole and pool is self._graphs.pool:
+            found = self._graphs.run(tokens, batch)
+            if found is not None:
+                return found
         if self._fused is not None:
             return self._fused.forward(tokens, batch, pool, rows, scored)
         return self._forward(tokens, batch, pool, rows, scored)

@@ -52,6 +52,7 @@ class FusedOnGpu:
     def __init__(self, model: PreTrainedModel, scorings: Mapping[int, Scoring], num_positions: int) -> None:
         """`model` must be one of the common shape (`fused.is_common`)."""
         trunk: Any = model.model
+        self._config = model.config
         self._table: Tensor = trunk.embed_tokens.weight
         self._layers = [_layer(each, scorings[each.self_attn.layer_idx]) for each in trunk.layers]
         self._norm: Tensor = trunk.norm.weight
@@ -59,6 +60,12 @@ class FusedOnGpu:
         self._head: nn.Linear = model.get_output_embeddings()
         self._rotations = _on(self._table.device, rotations(trunk.rotary_emb, num_positions))
         self._shown: tuple[int, ...] = ()
+
+    @property
+    def shared(self) -> int:
+        """Query heads of each kv head."""
+        config: Any = self._config
+        return int(config.num_attention_heads) // int(config.num_key_value_heads)
 
     def show(self, layers: Sequence[int]) -> None:
         """As `Backbone.show`; the layers are there."""

@@ -101,6 +101,7 @@ class Settings(BaseSettings):
     ngram_min: int = Field(2, ge=1, le=16, description="tokens that must match before a repeat is guessed")
     ngram_max: int = Field(4, ge=1, le=16, description="a match of so many tokens is long enough; the latest is taken")
     ngram_max_nodes: int = Field(8, ge=1, le=63, description="tokens of a repeat guessed per request and step")
+    enforce_eager: bool = Field(False, description="on a GPU: launch every kernel by itself, without CUDA graphs")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; by default all cores")
     trust_request_chat_template: bool = Field(
         False, description="allow requests to bring a chat_template, which can keep a core busy"
@@ -178,6 +179,7 @@ class Settings(BaseSettings):
             ngram_min=self.ngram_min,
             ngram_max=self.ngram_max,
             ngram_max_nodes=self.ngram_max_nodes,
+            enforce_eager=self.enforce_eager,
             num_threads=self.num_threads,
         )
 

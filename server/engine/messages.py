@@ -318,6 +318,7 @@ class EngineConfig:
     num_nodes: int = 32  # tree nodes per request and step at most, unless the request says its own
     static_trees: bool = False  # always so many, in one shape, whatever they cost and win
     control_share: float = 0.01  # of steps: those that decode plainly, so that the speedup is measured
+    enforce_eager: bool = False  # no CUDA graphs
     num_threads: int | None = None
     ngram: bool = True  # guess repeats of the request's own text
     ngram_min: int = 2  # tokens that must match before a guess

@@ -8,6 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
@@ -47,6 +48,8 @@ from server.engine.request import Draft, Outcome, Request, Work
 from server.engine.scores import score
 from server.engine.weights import quantize
 from server.errors import StartupError
+
+logger = logging.getLogger(__name__)
 
 
 class Runner:
@@ -104,6 +107,11 @@ class Runner:
         except (BackboneError, CheckpointError) as error:
             raise StartupError(str(error)) from error
         runner.grammars.prepare()
+        if not config.enforce_eager:
+            most_rows, longest = config.max_num_batched_rows, runner.info.max_model_len
+            num_graphs = backbone.record(runner.pool, most_rows=most_rows, longest=longest)
+            if num_graphs:
+                logger.info("%d CUDA graphs were recorded.", num_graphs)
         return runner
 
     def refusal(self, submit: Submit) -> str | None:

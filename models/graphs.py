@@ -1,0 +1,137 @@
+"""Steps of a GPU as recorded CUDA graphs: one launch in place of some hundreds.
+
+A graph runs the same kernels on the same addresses each time. So there is one for each of some numbers of rows, and of
+spans of the longest context; a step takes the next larger one. Its inputs lie in one buffer, which one copy fills.
+
+Invariants:
+- rows that only fill up see slot 0 alone, which stays zero: nothing is written there;
+- what a step returns holds until the next one runs, but hidden states for good.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.batch import Batch
+from models.kernels.triton_attention import SPAN, Tiles, least_width, tables
+from models.kv_pool import KVPool
+
+ROWS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+SPANS: Final = (1, 4, 16, 64)
+MAX_KEYS: Final = 1 << 22  # that a step's tables name: 32 MiB
+FIELDS: Final = 9  # of each row in the buffer: position, slot, 6 of a tile, ancestors
+
+Found = tuple[Tensor, Tensor]  # logits and hidden, as `Backbone.forward` returns them
+
+
+class Forward(Protocol):
+    """What is recorded."""
+
+    def __call__(self, tokens: Tensor, batch: Batch, pool: KVPool, rows: Tensor) -> Found: ...
+
+
+Recorder = Callable[[Callable[[], Found]], Callable[[], Found]]  # of a run makes what repeats it
+
+
+class Plan(Batch):
+    """A step of so many rows and spans whose tables are places in `buffer`, whatever is written there."""
+
+    def __init__(self, buffer: Tensor, num_rows: int, num_spans: int, shared: int) -> None:
+        self.num_rows, self.num_spans = num_rows, num_spans
+        self.positions, self.slots, tiles, ancestors = buffer[: FIELDS * num_rows].split_with_sizes(
+            [num_rows, num_rows, 6 * num_rows, num_rows]
+        )
+        table = buffer[FIELDS * num_rows :]
+        self._tiles = Tiles(tiles.view(-1, 6), ancestors, table, num_spans, least_width(shared))
+        self._name = "tiles", shared
+
+    def remember(self, name: object, make: Callable[[], Any]) -> Any:
+        assert name == self._name, "all layers share their kv heads alike"
+        return self._tiles
+
+
+class Graphs:
+    """Those of one model on one pool."""
+
+    def __init__(
+        self, forward: Forward, pool: KVPool, *, shared: int, most_rows: int, longest: int, record: Recorder
+    ) -> None:
+        """Record `forward` for steps of at most `most_rows` rows and sequences of at most `longest` tokens.
+
+        `shared`: query heads of each kv head, in all layers.
+        """
+        self.pool = pool
+        self._shared = shared
+        device = pool.keys[0].device
+        self._rows = [rows for rows in ROWS if rows <= most_rows]
+        self._spans = SPANS[: bisect_left(SPANS, -(-longest // SPAN)) + 1]
+        most = self._rows[-1]
+        self._buffer = torch.zeros(FIELDS * most + MAX_KEYS, dtype=torch.int64, device=device)
+        self._staged = torch.zeros_like(self._buffer, device="cpu", pin_memory=device.type == "cuda")
+        self._tokens = torch.zeros(most, dtype=torch.int64, device=device)
+        every = torch.arange(most, device=device)
+        self._replays: dict[tuple[int, int], Callable[[], Found]] = {}
+        for num_rows in reversed(self._rows):  # the largest first: the others use its memory
+            for num_spans in self._spans:
+                plan = Plan(self._buffer, num_rows, num_spans, shared)
+                run = partial(forward, self._tokens[:num_rows], plan, pool, every[:num_rows])
+                self._replays[num_rows, num_spans] = record(run)
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._replays)
+
+    def run(self, tokens: Tensor, batch: Batch) -> Found | None:
+        """All rows of a step; None if it fits no graph."""
+        count = len(tokens)
+        found = tables(batch, self._shared, least_width(self._shared))
+        row, span = bisect_left(self._rows, count), bisect_left(self._spans, found.num_spans)
+        num_keys = len(found.table)
+        if row == len(self._rows) or span == len(self._spans) or num_keys >= MAX_KEYS:
+            return None
+        num_rows, num_spans = self._rows[row], self._spans[span]
+        filling = np.zeros((num_rows - count, 6), dtype=np.int64)  # tiles of one row that begins a text
+        filling[:, 0], filling[:, 2:4], filling[:, 4] = num_keys, 1, np.arange(count, num_rows)
+        positions, slots = batch.on_host
+        fixed, end = FIELDS * num_rows, FIELDS * num_rows + num_keys + 1
+        starts = 0, num_rows, 2 * num_rows, 8 * num_rows, fixed
+        tiles = np.concatenate([found.tiles, filling]).reshape(-1)
+        staged = self._staged.numpy()  # free: what was copied last has been, since its tokens are known
+        staged[:fixed] = staged[end - 1] = 0
+        arrays = positions.numpy(), slots.numpy(), tiles, found.ancestors, found.table
+        for start, values in zip(starts, arrays, strict=True):
+            staged[start : start + len(values)] = values
+        self._buffer[:end].copy_(self._staged[:end], non_blocking=True)
+        self._tokens[:count].copy_(tokens)
+        logits, hidden = self._replays[num_rows, num_spans]()
+        return logits[:count], hidden[:count].clone()
+
+
+class CudaRecorder:
+    """Records CUDA graphs, which share their memory: only one runs at a time."""
+
+    def __init__(self) -> None:
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Found]) -> Callable[[], Found]:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()  # what is compiled or allocated at first use
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            found = run()
+
+        def replay() -> Found:
+            graph.replay()
+            return found
+
+        return replay

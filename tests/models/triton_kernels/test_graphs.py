@@ -1,0 +1,162 @@
+"""Steps as graphs would run them: the same rows in fixed buffers, filled up. On a GPU they are recorded, too."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from common_models import common
+from stepping import CPU, Engine, Request, TokenPath
+from torch import Tensor
+
+from models import graphs
+from models.backbone import Backbone
+from models.batch import Segment, build_batch
+from models.graphs import Found, Graphs
+
+
+@pytest.fixture
+def backbone(monkeypatch: pytest.MonkeyPatch) -> Backbone:
+    monkeypatch.setattr("models.backbone.runs_triton", lambda _: True)
+    return Backbone(common("qwen3"))
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "ROWS", (1, 4, 8))
+    monkeypatch.setattr(graphs, "MAX_KEYS", 60)
+
+
+class Recorded:
+    """In place of a graph: the run itself, counted."""
+
+    def __init__(self) -> None:
+        self.num_replays = 0
+
+    def __call__(self, run: Callable[[], Found]) -> Callable[[], Found]:
+        def replay() -> Found:
+            self.num_replays += 1
+            return run()
+
+        return replay
+
+
+def record(backbone: Backbone, engine: Engine, **limits: int) -> Recorded:
+    recorded = Recorded()
+    made = Graphs(
+        backbone._fused.forward,
+        engine.pool,
+        shared=backbone._fused.shared,
+        record=recorded,
+        **{"most_rows": 8, "longest": 40} | limits,
+    )
+    backbone._graphs = made
+    return recorded
+
+
+def steps(engine: Engine) -> list[list[tuple[TokenPath, Tensor]]]:
+    """Prompts, then trees of as many rows as a graph has, and of fewer."""
+    requests = [Request([3, 1, 4, 1, 5, 9, 2, 6, 5, 3]), Request([2, 7])]
+    return [
+        engine.step([(requests[0], 10, ())]),  # too many rows for a graph
+        engine.step([(requests[0], 1, (-1, 0)), (requests[1], 1, ())]),
+        engine.step([(requests[0], 1, (-1, 0, -1)), (requests[1], 1, (-1,))]),
+        engine.step([(requests[1], 1, ())]),
+    ]
+
+
+def test_rows_are_the_same_as_without(backbone: Backbone) -> None:
+    expected = steps(Engine(backbone))
+    engine = Engine(backbone)
+    recorded = record(backbone, engine)
+    found = steps(engine)
+    assert recorded.num_replays == 3
+    for mine, wanted in zip(found, expected, strict=True):
+        for (path, logits), (same, reference) in zip(mine, wanted, strict=True):
+            assert path == same
+            torch.testing.assert_close(logits, reference, atol=1e-5, rtol=1e-5)
+    assert not any(layer[0].any() for layer in (*engine.pool.keys, *engine.pool.values))  # filling up wrote nothing
+
+
+def test_states_outlive_the_next_step(backbone: Backbone) -> None:
+    """A graph returns the same memory each time."""
+    engine = Engine(backbone)
+    record(backbone, engine)
+    graph = backbone._graphs
+    place = torch.zeros(4, 3)
+    graph._replays = {key: lambda: (place, place) for key in graph._replays}
+    batch = build_batch([Segment(2, torch.tensor([1]), 2, ())], torch.tensor([1, 2]), torch.tensor([2, 3]), CPU)
+    logits, hidden = graph.run(torch.tensor([5, 6]), batch)
+    place.fill_(7)
+    assert (logits.shape, hidden.shape) == ((2, 3), (2, 3))
+    assert not hidden.any()
+
+
+def test_what_fits_no_graph_runs_without(backbone: Backbone) -> None:
+    engine, others = Engine(backbone), Engine(backbone)
+    recorded = record(backbone, engine)
+    request = Request([random.Random(0).randrange(97) for _ in range(61)])
+    engine.step([(request, 60, ())])
+    engine.step([(request, 1, ())])  # 61 keys
+    others.step([(Request([5]), 1, ())])  # another pool
+    backbone.forward(  # a part of the rows
+        torch.tensor([5, 6]),
+        build_batch(
+            [Segment(2, torch.tensor([], dtype=torch.int64), 2, ())], torch.arange(2), torch.tensor([1, 2]), CPU
+        ),
+        engine.pool,
+        torch.tensor([1]),
+    )
+    assert recorded.num_replays == 0
+    engine.step([(Request([5]), 1, ())])
+    assert recorded.num_replays == 1
+
+
+@pytest.mark.parametrize(
+    ("longest", "spans"), [(graphs.SPAN, [1]), (graphs.SPAN + 1, [1, 4]), (1 << 20, [1, 4, 16, 64])]
+)
+def test_there_are_as_many_spans_as_sequences_need(backbone: Backbone, longest: int, spans: list[int]) -> None:
+    record(backbone, Engine(backbone), longest=longest)
+    assert sorted({span for _, span in backbone._graphs._replays}) == spans
+    assert backbone._graphs.num_graphs == 3 * len(spans)
+
+
+def test_other_states_to_show_end_the_records(backbone: Backbone) -> None:
+    engine = Engine(backbone)
+    recorded = record(backbone, engine)
+    backbone.show((1,))
+    engine.step([(Request([5]), 1, ())])
+    assert recorded.num_replays == 0
+
+
+def test_what_cannot_be_recorded_is_launched(backbone: Backbone, caplog: pytest.LogCaptureFixture) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("here it can")
+    engine = Engine(backbone)
+    with caplog.at_level(logging.ERROR):
+        assert backbone.record(engine.pool, most_rows=8, longest=40) == 0
+    assert "cannot be recorded" in caplog.text
+    assert len(engine.step([(Request([5]), 1, ())])) == 1
+
+
+def test_recorded_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    backbone = Backbone(common("qwen3").to("cuda"))
+    with torch.inference_mode():
+        eager, graphed = pooled(backbone), pooled(backbone)
+        assert backbone.record(graphed, most_rows=8, longest=40) == 3
+        for count in (1, 3, 8):
+            slots = torch.arange(1, count + 1)
+            batch = build_batch([Segment(count, slots[:0], count, ())], slots - 1, slots, "cuda")
+            arguments = torch.arange(count, device="cuda"), batch
+            expected = backbone.forward(*arguments, eager, torch.arange(count, device="cuda"))
+            found = backbone.forward(*arguments, graphed, torch.arange(count, device="cuda"))
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def pooled(backbone: Backbone) -> graphs.KVPool:
+    return graphs.KVPool(backbone.kv_shapes, 50, dtype=torch.float32, device="cuda")
