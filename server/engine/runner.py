@@ -107,12 +107,17 @@ class Runner:
         except (BackboneError, CheckpointError) as error:
             raise StartupError(str(error)) from error
         runner.grammars.prepare()
-        if not config.enforce_eager:
-            most_rows, longest = config.max_num_batched_rows, runner.info.max_model_len
-            num_graphs = backbone.record(runner.pool, most_rows=most_rows, longest=longest)
-            if num_graphs:
-                logger.info("%d CUDA graphs were recorded.", num_graphs)
+        runner.record(config)
         return runner
+
+    def record(self, config: EngineConfig) -> None:
+        """Make CUDA graphs of steps, where that is possible and wanted."""
+        if config.enforce_eager:
+            return
+        most_rows, longest = config.max_num_batched_rows, self.info.max_model_len
+        num_graphs = self.backbone.record(self.pool, most_rows=most_rows, longest=longest)
+        if num_graphs:
+            logger.info("%d CUDA graphs were recorded.", num_graphs)
 
     def refusal(self, submit: Submit) -> str | None:
         """Why this request cannot run: its grammar does not compile. What compiles stays compiled for a while."""
