@@ -166,12 +166,15 @@ class Backbone:
             return 0
         from models.graphs import CudaRecorder, Graphs
 
-        try:
-            limits = {"shared": self._fused.shared, "most_rows": most_rows, "longest": longest}
-            self._graphs = Graphs(self._fused.forward, pool, **limits, record=CudaRecorder())
-        except Exception:
-            logger.exception("Steps cannot be recorded here; they are launched kernel by kernel, which is slower.")
-            return 0
+        fused, tokens = self._fused, torch.zeros(most_rows, dtype=torch.int64, device=pool.keys[0].device)
+        self._graphs = Graphs(
+            lambda inputs, *step: fused.forward(*inputs, *step),
+            [tokens],
+            pool,
+            shared=fused.shared,
+            longest=longest,
+            record=CudaRecorder(),
+        )
         return self._graphs.num_graphs
 
     @property
@@ -222,7 +225,7 @@ class Backbone:
         """
         is_whole = scored is None and rows.shape[0] == tokens.shape[0]
         if self._graphs is not None and is_whole and pool is self._graphs.pool:
-            found = self._graphs.run(tokens, batch)
+            found = self._graphs.run([tokens], batch)
             if found is not None:
                 return found
         if self._fused is not None:

@@ -11,7 +11,7 @@ Invariants:
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -28,13 +28,13 @@ SPANS: Final = (1, 4, 16, 64)
 MAX_KEYS: Final = 1 << 22  # that a step's tables name: 32 MiB
 FIELDS: Final = 9  # of each row in the buffer: position, slot, 6 of a tile, ancestors
 
-Found = tuple[Tensor, Tensor]  # logits and hidden, as `Backbone.forward` returns them
+Found = tuple[Tensor, Tensor]  # logits and hidden states, [rows, ...] both
 
 
 class Forward(Protocol):
-    """What is recorded."""
+    """What is recorded. `inputs`: of all rows."""
 
-    def __call__(self, tokens: Tensor, batch: Batch, pool: KVPool, rows: Tensor) -> Found: ...
+    def __call__(self, inputs: Sequence[Tensor], batch: Batch, pool: KVPool, rows: Tensor) -> Found: ...
 
 
 Recorder = Callable[[Callable[[], Found]], Callable[[], Found]]  # of a run makes what repeats it
@@ -61,36 +61,43 @@ class Graphs:
     """Those of one model on one pool."""
 
     def __init__(
-        self, forward: Forward, pool: KVPool, *, shared: int, most_rows: int, longest: int, record: Recorder
+        self,
+        forward: Forward,
+        inputs: Sequence[Tensor],
+        pool: KVPool,
+        *,
+        shared: int,
+        longest: int,
+        record: Recorder,
     ) -> None:
-        """Record `forward` for steps of at most `most_rows` rows and sequences of at most `longest` tokens.
+        """Record `forward` for steps of as many rows as `inputs` have and for sequences of at most `longest` tokens.
 
-        `shared`: query heads of each kv head, in all layers.
+        `inputs` [rows, ...] are kept: steps write theirs there. `shared`: query heads of each kv head, in all layers.
         """
         self.pool = pool
         self._shared = shared
         device = pool.keys[0].device
-        self._rows = [rows for rows in ROWS if rows <= most_rows]
+        self._rows = [rows for rows in ROWS if rows <= len(inputs[0])]
         self._spans = SPANS[: bisect_left(SPANS, -(-longest // SPAN)) + 1]
         most = self._rows[-1]
         self._buffer = torch.zeros(FIELDS * most + MAX_KEYS, dtype=torch.int64, device=device)
         self._staged = torch.zeros_like(self._buffer, device="cpu", pin_memory=device.type == "cuda")
-        self._tokens = torch.zeros(most, dtype=torch.int64, device=device)
+        self._inputs = inputs
         every = torch.arange(most, device=device)
         self._replays: dict[tuple[int, int], Callable[[], Found]] = {}
         for num_rows in reversed(self._rows):  # the largest first: the others use its memory
             for num_spans in self._spans:
                 plan = Plan(self._buffer, num_rows, num_spans, shared)
-                run = partial(forward, self._tokens[:num_rows], plan, pool, every[:num_rows])
+                run = partial(forward, [each[:num_rows] for each in inputs], plan, pool, every[:num_rows])
                 self._replays[num_rows, num_spans] = record(run)
 
     @property
     def num_graphs(self) -> int:
         return len(self._replays)
 
-    def run(self, tokens: Tensor, batch: Batch) -> Found | None:
+    def run(self, inputs: Sequence[Tensor], batch: Batch) -> Found | None:
         """All rows of a step; None if it fits no graph."""
-        count = len(tokens)
+        count = len(inputs[0])
         found = tables(batch, self._shared, least_width(self._shared))
         row, span = bisect_left(self._rows, count), bisect_left(self._spans, found.num_spans)
         num_keys = len(found.table)
@@ -106,10 +113,11 @@ class Graphs:
         staged = self._staged.numpy()  # free: what was copied last has been, since its tokens are known
         staged[:fixed] = staged[end - 1] = 0
         arrays = positions.numpy(), slots.numpy(), tiles, found.ancestors, found.table
-        for start, values in zip(starts, arrays, strict=True):
-            staged[start : start + len(values)] = values
+        for start, numbers in zip(starts, arrays, strict=True):
+            staged[start : start + len(numbers)] = numbers
         self._buffer[:end].copy_(self._staged[:end], non_blocking=True)
-        self._tokens[:count].copy_(tokens)
+        for place, values in zip(self._inputs, inputs, strict=True):
+            place[:count].copy_(values)
         logits, hidden = self._replays[num_rows, num_spans]()
         return logits[:count], hidden[:count].clone()
 

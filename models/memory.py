@@ -8,14 +8,17 @@ import psutil
 import torch
 
 CPU_SHARE = 0.5  # of what is free: activations, the prefix of other programs and the page cache need the rest
-GPU_SHARE = 0.85
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes for the pool on `device`, after the weights are loaded. Containers' limits are respected."""
+def free_bytes(device: torch.device, gpu_share: float) -> int:
+    """Bytes for the pool on `device`, after the weights are loaded. Containers' limits are respected.
+
+    All that is used of a GPU's memory, by other programs too, is then at most `gpu_share` of it.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE)
+        free, total = torch.cuda.mem_get_info(device)
+        return max(int(free - (1 - gpu_share) * total), 0)
     return int(min(psutil.virtual_memory().available, _cgroup_free(_CGROUP)) * CPU_SHARE)
 
 

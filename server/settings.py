@@ -87,6 +87,12 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(64, ge=1, description="requests in one batch")
     max_num_batched_rows: int = Field(512, ge=64, description="token positions in one forward pass")
     kv_cache_tokens: int | None = Field(None, ge=1, description="tokens in the KV cache; by default from free memory")
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory that weights and KV cache may fill, other programs' included",
+    )
     prefix_cache: bool = Field(True, description="reuse the KV of common prompt beginnings")
     num_nodes: int = Field(
         32, ge=0, le=63, description="guessed tokens verified per request and step, at most; 0 is plain decoding"
@@ -171,6 +177,7 @@ class Settings(BaseSettings):
             max_num_seqs=self.max_num_seqs,
             max_num_batched_rows=self.max_num_batched_rows,
             kv_cache_tokens=self.kv_cache_tokens,
+            gpu_memory_utilization=self.gpu_memory_utilization,
             prefix_cache=self.prefix_cache,
             num_nodes=self.num_nodes,
             static_trees=self.static_trees,

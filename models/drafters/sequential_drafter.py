@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,12 +26,17 @@ from models.drafters.drafter import Ask, Ranked
 from models.drafters.growth import NUM_RANKS, ROOT, WIDTH, Chain, Growth
 from models.drafters.resblock import DEFAULT_ACCURACIES
 from models.drafters.sequential import SequentialHeads
+from models.kernels.gpu import runs_triton
 from models.kv_pool import KVPool
 from models.sampling import gumbel_from_keys, noise_key
 from models.tree import Guess
 
+if TYPE_CHECKING:
+    from models.graphs import Graphs, Recorder
+
 TRUST: Final = 0.9  # in its own probabilities: it has seen all that came before, unlike parallel heads
 CONTEXT: Final = 512  # positions that the drafter looks back
+RECORDED_ROWS: Final = 256  # of one pass
 PENDING: Final = 192  # positions that it catches up with at most: who was not asked for long is asked cheaply
 
 
@@ -103,6 +108,13 @@ class SequentialDrafter:
         self._memories: dict[str, Memory] = {}
         self._next_slot = num_slots + 1
         self._grower = guesser if isinstance(guesser, Grower) else None
+
+    def record(self, longest: int) -> None:
+        """On a GPU: from now on the layer's passes are CUDA graphs."""
+        if isinstance(self._guesser, TorchGuesser) and runs_triton(self._device):
+            from models.graphs import CudaRecorder
+
+            self._guesser.record(self._pool, most_rows=RECORDED_ROWS, longest=longest, record=CudaRecorder())
 
     def overwrite(self, slots: Sequence[int]) -> None:
         """The model has written to these slots: what lay there is another token's."""
@@ -265,12 +277,31 @@ class SequentialDrafter:
 
 
 class TorchGuesser:
-    """The layer in torch: correct everywhere, and the truth for the C kernel's."""
+    """The layer in torch: correct everywhere, and the truth for the C kernel's. On a GPU its passes may be recorded."""
 
     def __init__(self, heads: SequentialHeads) -> None:
         self._heads = heads
+        self._graphs: Graphs | None = None
+
+    def record(self, pool: KVPool, *, most_rows: int, longest: int, record: Recorder) -> None:
+        """From now on passes of at most `most_rows` rows over `pool` are recorded ones. `longest`: tokens of a text."""
+        from models.graphs import Graphs
+
+        shape, device = self._heads.shape, self._heads.device
+        tokens = torch.zeros(most_rows, dtype=torch.int64, device=device)
+        states = torch.zeros(most_rows, shape.hidden_size, device=device)
+        shared = shape.num_heads // shape.num_kv_heads
+        self._graphs = Graphs(self._pass, [tokens, states], pool, shared=shared, longest=longest, record=record)
 
     def guess(self, tokens: Tensor, states: Tensor, batch: Batch, pool: KVPool, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if self._graphs is not None:
+            found = self._graphs.run([tokens, states], batch)
+            if found is not None:
+                return found[0][rows], found[1][rows]
+        return self._pass([tokens, states], batch, pool, rows)
+
+    def _pass(self, inputs: Sequence[Tensor], batch: Batch, pool: KVPool, rows: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, states = inputs
         kept = self._heads.step(tokens, states, batch, pool)[rows]
         return (kept.to(self._heads.lm_head.dtype) @ self._heads.lm_head.T).float(), kept
 

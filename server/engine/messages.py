@@ -314,6 +314,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_rows: int = 512
     kv_cache_tokens: int | None = None
+    gpu_memory_utilization: float = 0.9  # share that weights, cache and other programs may fill
     prefix_cache: bool = True
     num_nodes: int = 32  # tree nodes per request and step at most, unless the request says its own
     static_trees: bool = False  # always so many, in one shape, whatever they cost and win

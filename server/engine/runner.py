@@ -115,8 +115,13 @@ class Runner:
         if config.enforce_eager:
             return
         most_rows, longest = config.max_num_batched_rows, self.info.max_model_len
-        num_graphs = self.backbone.record(self.pool, most_rows=most_rows, longest=longest)
-        if num_graphs:
+        try:
+            num_graphs = self.backbone.record(self.pool, most_rows=most_rows, longest=longest)
+            if num_graphs and isinstance(self.drafter, SequentialDrafter):
+                self.drafter.record(longest)
+        except Exception:
+            logger.exception("Steps cannot be recorded here; they are launched kernel by kernel, which is slower.")
+        else:
             logger.info("%d CUDA graphs were recorded.", num_graphs)
 
     def refusal(self, submit: Submit) -> str | None:
@@ -442,11 +447,13 @@ def _limits(config: EngineConfig, backbone: Backbone, layers: Sequence[KVShape])
     if max_model_len > limit:
         raise StartupError(f"--max-model-len {max_model_len} exceeds the model's own {limit} positions: lower it.")
     weight = backbone.lm_head_weight
-    fitting = memory.free_bytes(weight.device) // KVPool.bytes_per_token(layers, backbone.kv_dtype)
+    free = memory.free_bytes(weight.device, config.gpu_memory_utilization)
+    fitting = free // KVPool.bytes_per_token(layers, backbone.kv_dtype)
     kv_cache_tokens = config.kv_cache_tokens or min(fitting, config.max_num_seqs * max_model_len)
     if not 0 < kv_cache_tokens <= fitting:
         raise StartupError(
-            f"--kv-cache-tokens {kv_cache_tokens} does not fit: {weight.device} has memory for {fitting} tokens."
+            f"--kv-cache-tokens {kv_cache_tokens} does not fit: {weight.device} has memory for {fitting} tokens"
+            f"{', or more with a higher --gpu-memory-utilization' if weight.device.type == 'cuda' else ''}."
         )
     if config.max_model_len is not None and config.max_model_len > kv_cache_tokens:
         raise StartupError(

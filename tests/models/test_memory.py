@@ -5,14 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 
 from models import memory
 
 
 def test_half_of_what_is_free() -> None:
-    free = memory.free_bytes(torch.device("cpu"))
+    free = memory.free_bytes(torch.device("cpu"), 0.9)
     assert 0 < free < psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("free", "share", "bytes_left"), [(100, 0.9, 90), (40, 0.9, 30), (40, 0.5, 0), (100, 1.0, 100)]
+)
+def test_a_share_of_a_gpu_is_left_alone(
+    free: int, share: float, bytes_left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 100))
+    assert memory.free_bytes(torch.device("cuda"), share) == bytes_left
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:

@@ -42,13 +42,13 @@ def test_the_model_is_positional_and_names_itself() -> None:
 
 def test_the_engine_is_told_all_that_concerns_it() -> None:
     flags = "--no-prefix-cache --num-nodes 0 --dtype bfloat16 --device cpu --num-threads 2 --max-num-seqs 5"
-    flags += " --static-trees --control-share 0"
+    flags += " --static-trees --control-share 0 --enforce-eager --gpu-memory-utilization 0.5"
     more = "--quantization int8 --max-num-batched-rows 99 --kv-cache-tokens 700 --max-model-len 600"
     more += " --no-ngram --ngram-min 3 --ngram-max 7 --ngram-max-nodes 9"
     config = load([*flags.split(), *more.split()]).engine_config(Path("/model"), None)
     copies = (False, 3, 7, 9)
     assert config == EngineConfig(
-        "/model", None, "cpu", "bfloat16", "int8", 600, 5, 99, 700, False, 0, True, 0.0, 2, *copies
+        "/model", None, "cpu", "bfloat16", "int8", 600, 5, 99, 700, 0.5, False, 0, True, 0.0, True, 2, *copies
     )
     assert load([]).engine_config(Path("/model"), Path("/heads")) == EngineConfig("/model", "/heads")
 

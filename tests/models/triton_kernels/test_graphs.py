@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable
 
@@ -15,7 +14,14 @@ from torch import Tensor
 from models import graphs
 from models.backbone import Backbone
 from models.batch import Segment, build_batch
+from models.drafters.sequential import SequentialHeads, Shape
+from models.drafters.sequential_drafter import TorchGuesser
 from models.graphs import Found, Graphs
+from models.kernels.triton_attention import attention
+from models.kv_pool import KVPool
+from models.kv_pool import Shape as KVShape
+
+LIMITS = {"most_rows": 8, "longest": 40}
 
 
 @pytest.fixture
@@ -44,16 +50,16 @@ class Recorded:
         return replay
 
 
-def record(backbone: Backbone, engine: Engine, **limits: int) -> Recorded:
-    recorded = Recorded()
-    made = Graphs(
-        backbone._fused.forward,
+def record(backbone: Backbone, engine: Engine, longest: int = 40) -> Recorded:
+    recorded, fused = Recorded(), backbone._fused
+    backbone._graphs = Graphs(
+        lambda inputs, *step: fused.forward(*inputs, *step),
+        [torch.zeros(8, dtype=torch.int64)],
         engine.pool,
-        shared=backbone._fused.shared,
+        shared=fused.shared,
+        longest=longest,
         record=recorded,
-        **{"most_rows": 8, "longest": 40} | limits,
     )
-    backbone._graphs = made
     return recorded
 
 
@@ -89,7 +95,7 @@ def test_states_outlive_the_next_step(backbone: Backbone) -> None:
     place = torch.zeros(4, 3)
     graph._replays = {key: lambda: (place, place) for key in graph._replays}
     batch = build_batch([Segment(2, torch.tensor([1]), 2, ())], torch.tensor([1, 2]), torch.tensor([2, 3]), CPU)
-    logits, hidden = graph.run(torch.tensor([5, 6]), batch)
+    logits, hidden = graph.run([torch.tensor([5, 6])], batch)
     place.fill_(7)
     assert (logits.shape, hidden.shape) == ((2, 3), (2, 3))
     assert not hidden.any()
@@ -132,14 +138,32 @@ def test_other_states_to_show_end_the_records(backbone: Backbone) -> None:
     assert recorded.num_replays == 0
 
 
-def test_what_cannot_be_recorded_is_launched(backbone: Backbone, caplog: pytest.LogCaptureFixture) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("here it can")
-    engine = Engine(backbone)
-    with caplog.at_level(logging.ERROR):
-        assert backbone.record(engine.pool, most_rows=8, longest=40) == 0
-    assert "cannot be recorded" in caplog.text
-    assert len(engine.step([(Request([5]), 1, ())])) == 1
+def test_models_that_are_not_fused_here_are_not_recorded() -> None:
+    backbone = Backbone(common("qwen3"))
+    assert backbone.record(Engine(backbone).pool, **LIMITS) == 0
+
+
+def test_a_drafters_passes_are_the_same_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.drafters.sequential.kernel_for", lambda _: attention)
+    torch.manual_seed(0)
+    shape = Shape(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=16, inner_size=48)
+    heads = SequentialHeads(shape, torch.randn(97, 32), torch.randn(50, 32), num_heads=3)
+    torch.nn.init.normal_(heads.layer.self_attn.o_proj.weight, std=0.2)
+    guesser, recorder, pools = TorchGuesser(heads), Recorded(), [pooled(heads.shape.kv) for _ in range(2)]
+    slots, states, results = torch.arange(1, 7), torch.randn(6, 32), []
+    with torch.inference_mode():
+        for recorded, pool in enumerate(pools):
+            if recorded:
+                guesser.record(pool, **LIMITS, record=recorder)
+            passes = []
+            for begin, end in ((0, 3), (3, 4), (4, 6)):
+                segment = Segment(end - begin, slots[:begin], end - begin, ())
+                batch = build_batch([segment], torch.arange(begin, end), slots[begin:end], CPU)
+                rows = torch.tensor([0, end - begin - 1])
+                passes.append(guesser.guess(slots[begin:end], states[begin:end], batch, pool, rows))
+            results.append([torch.cat(parts) for parts in zip(*passes, strict=True)])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+    assert recorder.num_replays == 3
 
 
 def test_recorded_on_a_gpu() -> None:
@@ -147,8 +171,8 @@ def test_recorded_on_a_gpu() -> None:
         pytest.skip("needs a GPU")
     backbone = Backbone(common("qwen3").to("cuda"))
     with torch.inference_mode():
-        eager, graphed = pooled(backbone), pooled(backbone)
-        assert backbone.record(graphed, most_rows=8, longest=40) == 3
+        eager, graphed = (pooled(*backbone.kv_shapes, device="cuda") for _ in range(2))
+        assert backbone.record(graphed, **LIMITS) == 3
         for count in (1, 3, 8):
             slots = torch.arange(1, count + 1)
             batch = build_batch([Segment(count, slots[:0], count, ())], slots - 1, slots, "cuda")
@@ -158,5 +182,5 @@ def test_recorded_on_a_gpu() -> None:
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def pooled(backbone: Backbone) -> graphs.KVPool:
-    return graphs.KVPool(backbone.kv_shapes, 50, dtype=torch.float32, device="cuda")
+def pooled(*shapes: KVShape, device: str = "cpu") -> KVPool:
+    return KVPool(shapes, 50, dtype=torch.float32, device=device)

@@ -374,3 +374,24 @@ def test_all_tree_sizes_together(model: LlamaForCausalLM) -> None:
     for job, deltas in zip(jobs, found.values(), strict=True):
         assert tokens(deltas) == plain[int(job.request_id) % 6]
     assert len(list(itertools.chain(*found.values()))) < 24 * len(jobs)
+
+
+def test_steps_that_cannot_be_recorded_are_launched(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = tiny_engine(model)
+    runner = engine.runner
+    assert isinstance(runner, Runner)
+    asked: list[dict[str, int]] = []
+
+    def record(_pool: object, **limits: int) -> int:
+        asked.append(limits)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(runner.backbone, "record", record)
+    runner.record(EngineConfig("tiny", enforce_eager=True))
+    assert not asked
+    runner.record(EngineConfig("tiny", max_num_batched_rows=70))
+    assert asked == [{"most_rows": 70, "longest": runner.info.max_model_len}]
+    assert "cannot be recorded" in caplog.text
+    assert len(outputs(engine, SAMPLINGS["greedy"])) == len(PROMPTS)
