@@ -41,7 +41,7 @@ Recorder = Callable[[Callable[[], Found]], Callable[[], Found]]  # of a run make
 
 
 class Plan(Batch):
-    """A step of so many rows and spans whose tables are places in `buffer`, whatever is written there."""
+    """A step of so many rows and spans of which only the tables are known: places in `buffer`, whatever is there."""
 
     def __init__(self, buffer: Tensor, num_rows: int, num_spans: int, shared: int) -> None:
         self.num_rows, self.num_spans = num_rows, num_spans
@@ -98,10 +98,12 @@ class Graphs:
     def run(self, inputs: Sequence[Tensor], batch: Batch) -> Found | None:
         """All rows of a step; None if it fits no graph."""
         count = len(inputs[0])
+        if count > self._rows[-1]:
+            return None
         found = tables(batch, self._shared, least_width(self._shared))
         row, span = bisect_left(self._rows, count), bisect_left(self._spans, found.num_spans)
         num_keys = len(found.table)
-        if row == len(self._rows) or span == len(self._spans) or num_keys >= MAX_KEYS:
+        if span == len(self._spans) or num_keys >= MAX_KEYS:
             return None
         num_rows, num_spans = self._rows[row], self._spans[span]
         filling = np.zeros((num_rows - count, 6), dtype=np.int64)  # tiles of one row that begins a text
@@ -128,6 +130,7 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._memory = torch.cuda.graph_pool_handle()
 
+    @torch.inference_mode()
     def __call__(self, run: Callable[[], Found]) -> Callable[[], Found]:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
