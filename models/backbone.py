@@ -29,7 +29,7 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from models.attention import PagedTreeAttention, c_attention, kernel_for
-from models.batch import Batch
+from models.batch import Batch, Segment, build_batch
 from models.fused import FusedModel, can_fuse, is_common
 from models.inner import InnerLayersError, InnerStates, check_layers
 from models.kernels.cpu import PackedLinear, kernels
@@ -156,6 +156,15 @@ class Backbone:
         except Exception:
             logger.exception("The fused layers do not run this model here; its own code does, which is slower.")
             self._fused = None
+
+    @torch.inference_mode()
+    def run_prompt(self, num_tokens: int) -> None:
+        """A step of one text with logits of all rows, on a pool of its own: as much memory as such a step takes."""
+        device = self.lm_head_weight.device
+        pool = KVPool(self.kv_shapes, num_tokens, dtype=self.kv_dtype, device=device)
+        slots = torch.arange(1, num_tokens + 1)
+        batch = build_batch([Segment(num_tokens, slots[:0], num_tokens, ())], slots - 1, slots, device)
+        self.forward(torch.zeros_like(slots, device=device), batch, pool, torch.arange(num_tokens, device=device))
 
     def record(self, pool: KVPool, *, most_rows: int, longest: int) -> int:
         """From now on steps of at most `most_rows` rows on `pool` are recorded ones. Returns how many are.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,18 @@ def free_bytes(device: torch.device, gpu_share: float) -> int:
         free, total = torch.cuda.mem_get_info(device)
         return max(int(free - (1 - gpu_share) * total), 0)
     return int(min(psutil.virtual_memory().available, _cgroup_free(_CGROUP)) * CPU_SHARE)
+
+
+def needed_bytes(device: torch.device, run: Callable[[], object]) -> int:
+    """What `run` takes of a GPU's memory beyond what is held before; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device)
+    run()
+    needed = torch.cuda.max_memory_allocated(device) - held
+    torch.cuda.empty_cache()
+    return needed
 
 
 def _cgroup_free(folder: Path) -> int:

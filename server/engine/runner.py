@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from time import perf_counter
@@ -447,8 +448,10 @@ def _limits(config: EngineConfig, backbone: Backbone, layers: Sequence[KVShape])
     if max_model_len > limit:
         raise StartupError(f"--max-model-len {max_model_len} exceeds the model's own {limit} positions: lower it.")
     weight = backbone.lm_head_weight
+    largest = partial(backbone.run_prompt, min(config.max_num_batched_rows, max_model_len))
     free = memory.free_bytes(weight.device, config.gpu_memory_utilization)
-    fitting = free // KVPool.bytes_per_token(layers, backbone.kv_dtype)
+    free -= 2 * memory.needed_bytes(weight.device, largest)  # by a step, and by those that are recorded
+    fitting = max(free, 0) // KVPool.bytes_per_token(layers, backbone.kv_dtype)
     kv_cache_tokens = config.kv_cache_tokens or min(fitting, config.max_num_seqs * max_model_len)
     if not 0 < kv_cache_tokens <= fitting:
         raise StartupError(

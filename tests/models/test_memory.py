@@ -26,6 +26,16 @@ def test_a_share_of_a_gpu_is_left_alone(
     assert memory.free_bytes(torch.device("cuda"), share) == bytes_left
 
 
+def test_what_a_step_needs_is_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = [7]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: held[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: held[0])
+    assert memory.needed_bytes(torch.device("cuda"), lambda: held.insert(0, 30)) == 23
+    assert memory.needed_bytes(torch.device("cpu"), lambda: held.clear()) == 0
+
+
 def test_a_containers_limit_counts(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("400\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -395,3 +396,18 @@ def test_steps_that_cannot_be_recorded_are_launched(
     assert asked == [{"most_rows": 70, "longest": runner.info.max_model_len}]
     assert "cannot be recorded" in caplog.text
     assert len(outputs(engine, SAMPLINGS["greedy"])) == len(PROMPTS)
+
+
+def test_what_steps_need_is_no_room_for_the_cache(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.memory.free_bytes", lambda *_: 2**20)
+    fitting = tiny_engine(model, kv_cache_tokens=None).runner.info.kv_cache_tokens
+    ran: list[int] = []
+
+    def needed(_: torch.device, run: Callable[[], object]) -> int:
+        run()
+        ran.append(1)
+        return 2**18
+
+    monkeypatch.setattr("models.memory.needed_bytes", needed)
+    assert tiny_engine(model, kv_cache_tokens=None).runner.info.kv_cache_tokens == fitting // 2
+    assert ran
