@@ -153,6 +153,7 @@ class Backbone:
             num_positions = self.max_position_embeddings or MAX_POSITIONS
             self._fused = FusedOnGpu(self._model, self._attention.scorings, num_positions)
             check_logits(self, self._model, reference)
+            self.max_position_embeddings = num_positions
         except Exception:
             logger.exception("The fused layers do not run this model here; its own code does, which is slower.")
             self._fused = None

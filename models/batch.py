@@ -91,12 +91,12 @@ class Batch:
     @cached_property
     def positions(self) -> Tensor:
         """[rows] int64."""
-        return self.on_host[0].to(self._device)
+        return self.on_host[0].to(self._device, non_blocking=True)
 
     @cached_property
     def slots(self) -> Tensor:
         """[rows] int64; where the K and V of each row go."""
-        return self.on_host[1].to(self._device)
+        return self.on_host[1].to(self._device, non_blocking=True)
 
     def remember(self, name: object, make: Callable[[], T]) -> T:
         """What a kernel has made of the step for itself, for the layers to come."""

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from models.checkpoint import WEIGHTS_NAME, CheckpointError
 from models.drafters.resblock import Accuracies
@@ -88,6 +89,7 @@ def build_sequential(found: SequentialTensors, embedding: Tensor, lm_head: Tenso
     heads = SequentialHeads(
         found.shape, embedding, rows, num_heads=found.num_heads, token_ids=ids, accuracies=found.accuracies
     ).to(lm_head.device, lm_head.dtype)
+    heads.rotary = LlamaRotaryEmbedding(found.shape.config()).to(lm_head.device)  # whose frequencies were rounded, too
     try:
         heads.load_state_dict(found.tensors)
     except RuntimeError as error:

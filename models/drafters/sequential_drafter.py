@@ -109,11 +109,12 @@ class SequentialDrafter:
         self._next_slot = num_slots + 1
         self._grower = guesser if isinstance(guesser, Grower) else None
 
-    def record(self, longest: int) -> None:
+    def record(self) -> None:
         """On a GPU: from now on the layer's passes are CUDA graphs."""
         if isinstance(self._guesser, TorchGuesser) and runs_triton(self._device):
             from models.graphs import CudaRecorder
 
+            longest = CONTEXT + PENDING + self.num_heads + 1
             self._guesser.record(self._pool, most_rows=RECORDED_ROWS, longest=longest, record=CudaRecorder())
 
     def overwrite(self, slots: Sequence[int]) -> None:

@@ -218,7 +218,8 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, batch: Batch, scoring
     is_split = laid.num_spans > 1
     out = query.new_empty(num_rows, num_heads, v_dim)
     parts = query.new_empty(laid.num_spans, *out.shape, dtype=torch.float32) if is_split else out
-    sums = query.new_full((laid.num_spans, num_rows, num_heads), -torch.inf, dtype=torch.float32)
+    size = laid.num_spans, num_rows, num_heads
+    sums = torch.full(size, -torch.inf, device=query.device) if is_split else query.new_empty(size, dtype=torch.float32)
     query = query if query.stride(2) == 1 else query.contiguous()
     _attend[len(laid.tiles), kv_heads, laid.num_spans](
         query,
@@ -271,7 +272,7 @@ def write(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tenso
 def lay_out(batch: Batch, shared: int) -> Tiles:
     """Cut segments into tiles. `shared`: query heads of each kv head.
 
-    Nothing is asked of the device, so nothing waits for it: what is new goes there in one copy.
+    Nothing is asked of the device, so nothing waits for it, and all tables go there in one copy.
     """
     most = max(segment.num_rows for segment in batch.segments) * shared
     found = tables(batch, shared, max(least_width(shared), min(power(most), MAX_TILE)))

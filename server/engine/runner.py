@@ -118,12 +118,12 @@ class Runner:
         most_rows, longest = config.max_num_batched_rows, self.info.max_model_len
         try:
             num_graphs = self.backbone.record(self.pool, most_rows=most_rows, longest=longest)
+            if num_graphs:
+                logger.info("%d CUDA graphs of the model's steps were recorded.", num_graphs)
             if num_graphs and isinstance(self.drafter, SequentialDrafter):
-                self.drafter.record(longest)
+                self.drafter.record()
         except Exception:
-            logger.exception("Steps cannot be recorded here; they are launched kernel by kernel, which is slower.")
-        else:
-            logger.info("%d CUDA graphs were recorded.", num_graphs)
+            logger.exception("Not all steps can be recorded here; the others are launched kernel by kernel.")
 
     def refusal(self, submit: Submit) -> str | None:
         """Why this request cannot run: its grammar does not compile. What compiles stays compiled for a while."""
@@ -449,8 +449,8 @@ def _limits(config: EngineConfig, backbone: Backbone, layers: Sequence[KVShape])
         raise StartupError(f"--max-model-len {max_model_len} exceeds the model's own {limit} positions: lower it.")
     weight = backbone.lm_head_weight
     largest = partial(backbone.run_prompt, min(config.max_num_batched_rows, max_model_len))
-    free = memory.free_bytes(weight.device, config.gpu_memory_utilization)
-    free -= 2 * memory.needed_bytes(weight.device, largest)  # by a step, and by those that are recorded
+    needed = 2 * memory.needed_bytes(weight.device, largest)  # by a step, and by those that are recorded
+    free = memory.free_bytes(weight.device, config.gpu_memory_utilization) - needed
     fitting = max(free, 0) // KVPool.bytes_per_token(layers, backbone.kv_dtype)
     kv_cache_tokens = config.kv_cache_tokens or min(fitting, config.max_num_seqs * max_model_len)
     if not 0 < kv_cache_tokens <= fitting:

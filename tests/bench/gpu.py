@@ -14,6 +14,7 @@ Without a GPU it runs on the CPU in torch (`--shape tiny`), which proves the com
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[str, object] = {"machine": this_machine(), "context": options.context}
     names = options.shape or [name for name in SHAPES if name != "tiny"]
     if "steps" in options.part:
-        speeds = {name: measure(SHAPES[name], device, options.rows, options.context, options.rounds) for name in names}
+        speeds = {}
+        for name in names:
+            speeds[name] = measure(SHAPES[name], device, options.rows, options.context, options.rounds)
+            forget()
         for name, rows in speeds.items():
             output().print(table(name, rows))
         if options.plot is not None:
@@ -113,10 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found["speeds"] = speeds
     if "goodput" in options.part:
         brought = bring(SHAPES[names[-1]], device, options.batches, options.context, options.rounds)
+        forget()
         output().print(goodput_table(names[-1], brought))
         found["goodput"] = brought
     if "beside" in options.part:
         compared = stand_beside(options, device)
+        forget()
         output().print(beside_table(compared))
         found["beside"] = compared
     write(options.json, found)
@@ -145,6 +151,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def forget() -> None:
+    """Give back the memory of models that are no longer needed."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def random_model(shape: Shape, device: torch.device) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
@@ -152,7 +165,11 @@ def random_model(shape: Shape, device: torch.device) -> Any:
 
 
 def bring(shape: Shape, device: torch.device, batches: Sequence[int], context: int, rounds: int) -> list[Goodput]:
-    """Goodput of a model of random weights, by the requests at a time."""
+    """Goodput of a model of random weights, by the requests at a time.
+
+    Its layers add nothing, so each token decides the next: with other random weights two tokens are often as likely,
+    and which of them is said depends on how products of so many rows are rounded.
+    """
     most, longest = max(batches), context + NUM_TOKENS + DEPTH + 1
     config = EngineConfig(
         "random",
@@ -164,7 +181,11 @@ def bring(shape: Shape, device: torch.device, batches: Sequence[int], context: i
         ngram=False,
         prefix_cache=False,
     )
-    backbone = Backbone(random_model(shape, device))
+    model = random_model(shape, device)
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            torch.nn.init.zeros_(linear.weight)
+    backbone = Backbone(model)
     runner = Runner(backbone, None, config)
     runner.record(config)
     engine = Engine(config, runner)
@@ -178,7 +199,13 @@ def stand_beside(options: argparse.Namespace, device: torch.device) -> list[Comp
     path = str(resolve(options.model))
     heads, streams = resolve_heads(None, options.model), max(options.streams)
     config = EngineConfig(
-        path, heads=heads and str(heads), device=device.type, quantization="none", max_num_seqs=streams
+        path,
+        heads=heads and str(heads),
+        device=device.type,
+        quantization="none",
+        max_num_seqs=streams,
+        max_num_batched_rows=beside.ROWS,
+        kv_cache_tokens=beside.num_slots(streams, options.tokens),
     )
     engine = Engine(config, Runner.load(config))
     warm_up(engine)

@@ -124,13 +124,15 @@ class OneByOne:
     def __call__(self, path: TokenPath) -> tuple[Tensor, Tensor]:
         """Logits [vocab] and hidden state [hidden] of the last token of `path`."""
         if path not in self.known:
-            pool = KVPool(self.backbone.kv_shapes, len(path), dtype=self.backbone.kv_dtype, device=CPU)
+            device = self.backbone.lm_head_weight.device
+            pool = KVPool(self.backbone.kv_shapes, len(path), dtype=self.backbone.kv_dtype, device=device)
             slots = torch.arange(1, len(path) + 1)
             for n, token in enumerate(path):
                 segment = Segment(1, slots[:n], 1, ())
-                batch = build_batch([segment], torch.tensor([n]), slots[n : n + 1], CPU)
-                logits, hidden = self.backbone.forward(torch.tensor([token]), batch, pool, torch.tensor([0]))
-                self.known[path[: n + 1]] = logits[0], hidden[0]
+                batch = build_batch([segment], torch.tensor([n]), slots[n : n + 1], device)
+                row = torch.tensor([token], device=device), batch, pool, torch.tensor([0], device=device)
+                logits, hidden = self.backbone.forward(*row)
+                self.known[path[: n + 1]] = logits[0].cpu(), hidden[0].cpu()
         return self.known[path]
 
 
@@ -166,7 +168,8 @@ class Engine:
         self.random = random.Random(seed)
         self.free = self.random.sample(range(1, num_slots + 1), num_slots)
         self.hidden: dict[TokenPath, Tensor] = {}
-        self.pool = KVPool(backbone.kv_shapes, num_slots, dtype=backbone.kv_dtype, device=CPU)
+        self.device = backbone.lm_head_weight.device
+        self.pool = KVPool(backbone.kv_shapes, num_slots, dtype=backbone.kv_dtype, device=self.device)
 
     def step(self, work: list[tuple[Request, int, tuple[int, ...]]]) -> list[tuple[TokenPath, Tensor]]:
         """Run (request, chain length, parents of nodes), nodes being random guesses: path and logits of every row.
@@ -181,9 +184,11 @@ class Engine:
         ]
         paths = [path for some in own for path in some]
         positions = torch.tensor([len(path) - 1 for path in paths])
-        batch = build_batch(segments, positions, torch.tensor([slot for some in own_slots for slot in some]), CPU)
-        tokens = torch.tensor([path[-1] for path in paths])
-        logits, hidden = self.backbone.forward(tokens, batch, self.pool, torch.arange(len(paths)))
+        slots = torch.tensor([slot for some in own_slots for slot in some])
+        batch = build_batch(segments, positions, slots, self.device)
+        tokens = torch.tensor([path[-1] for path in paths], device=self.device)
+        rows = torch.arange(len(paths), device=self.device)
+        logits, hidden = (each.cpu().clone() for each in self.backbone.forward(tokens, batch, self.pool, rows))
         assert logits.shape == (len(paths), self.backbone.vocab_size)
         assert logits.dtype == torch.float32
         states = max(getattr(self.backbone.config, "num_extra_heads", 0), 1) + len(self.backbone.inner_layers)

@@ -25,8 +25,8 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.backbone.runs_triton", lambda _: True)
 
 
-def fused(model: PreTrainedModel) -> Backbone:
-    backbone = Backbone(model)
+def fused(model: PreTrainedModel, device: torch.device) -> Backbone:
+    backbone = Backbone(model.to(device))
     assert isinstance(backbone._fused, fused_gpu.FusedOnGpu)
     return backbone
 
@@ -40,22 +40,22 @@ def run(backbone: Backbone) -> list[tuple[TokenPath, Tensor]]:
 
 @pytest.mark.usefixtures("as_on_gpu")
 @pytest.mark.parametrize("name", FEW)
-def test_it_is_the_model(name: str) -> None:
+def test_it_is_the_model(name: str, device: torch.device) -> None:
     model = common(name)
-    errors = relative_errors(plain(model), run(fused(model)))
+    errors = relative_errors(plain(model), run(fused(model, device)))
     assert errors.max() < 1e-4
 
 
 @pytest.mark.usefixtures("as_on_gpu")
-def test_a_row_is_what_it_is_alone() -> None:
-    backbone = fused(common("qwen3"))
+def test_a_row_is_what_it_is_alone(device: torch.device) -> None:
+    backbone = fused(common("qwen3"), device)
     beside = dict(run(backbone))[2,]  # the other request's first row
     torch.testing.assert_close(OneByOne(backbone)((2,))[0], beside, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("as_on_gpu")
-def test_inner_layers_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = fused(common("llama"))
+def test_inner_layers_are_shown(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = fused(common("llama"), device)
     backbone.show((0, 1))
     logits, states = OneByOne(backbone)(PATH)
     monkeypatch.setattr(backbone, "_fused", None)
@@ -66,10 +66,10 @@ def test_inner_layers_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("as_on_gpu")
-def test_the_modules_share_the_weights_and_go_on_working() -> None:
+def test_the_modules_share_the_weights_and_go_on_working(device: torch.device) -> None:
     model = common("llama")
     expected, size = plain(model), sum(p.nbytes for p in model.parameters())
-    backbone = fused(model)
+    backbone = fused(model, device)
     layer: Any = model.model.layers[0]
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert sum(held.values()) == size
@@ -81,18 +81,18 @@ def test_the_modules_share_the_weights_and_go_on_working() -> None:
 @pytest.mark.usefixtures("as_on_gpu")
 @pytest.mark.parametrize("fault", ["is wrong", "fails"])
 def test_layers_that_go_wrong_are_not_used(
-    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fault: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(gate_up: torch.Tensor) -> torch.Tensor:
         if fault == "fails":
             raise RuntimeError("no such instruction")
-        return torch.ones(len(gate_up), gate_up.shape[1] // 2)
+        return gate_up.new_ones(len(gate_up), gate_up.shape[1] // 2)
 
     monkeypatch.setattr(fused_gpu.triton_layers, "gated", broken)
     model = common("llama")
     expected = plain(model)
     with caplog.at_level(logging.ERROR):
-        backbone = Backbone(model)
+        backbone = Backbone(model.to(device))
     assert backbone._fused is None
     assert "its own code does" in caplog.text
     assert relative_errors(expected, run(backbone)).max() < 1e-4

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from common_models import common
-from stepping import CPU, Engine, Request, TokenPath
+from stepping import Engine, Request, TokenPath
 from torch import Tensor
 
 from models import graphs
@@ -16,7 +16,7 @@ from models.backbone import Backbone
 from models.batch import Segment, build_batch
 from models.drafters.sequential import SequentialHeads, Shape
 from models.drafters.sequential_drafter import TorchGuesser
-from models.graphs import Found, Graphs
+from models.graphs import Graphs
 from models.kernels.triton_attention import attention
 from models.kv_pool import KVPool
 from models.kv_pool import Shape as KVShape
@@ -25,9 +25,9 @@ LIMITS = {"most_rows": 8, "longest": 40}
 
 
 @pytest.fixture
-def backbone(monkeypatch: pytest.MonkeyPatch) -> Backbone:
+def backbone(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Backbone:
     monkeypatch.setattr("models.backbone.runs_triton", lambda _: True)
-    return Backbone(common("qwen3"))
+    return Backbone(common("qwen3").to(device))
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +42,10 @@ class Recorded:
     def __init__(self) -> None:
         self.num_replays = 0
 
-    def __call__(self, run: Callable[[], Found]) -> Callable[[], Found]:
-        def replay() -> Found:
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
             self.num_replays += 1
-            return run()
+            run()
 
         return replay
 
@@ -54,7 +54,7 @@ def record(backbone: Backbone, engine: Engine, longest: int = 40) -> Recorded:
     recorded, fused = Recorded(), backbone._fused
     backbone._graphs = Graphs(
         lambda inputs, *step: fused.forward(*inputs, *step),
-        [torch.zeros(8, dtype=torch.int64)],
+        [torch.zeros(8, dtype=torch.int64, device=engine.device)],
         engine.pool,
         shared=fused.shared,
         longest=longest,
@@ -88,17 +88,17 @@ def test_rows_are_the_same_as_without(backbone: Backbone) -> None:
 
 
 def test_states_outlive_the_next_step(backbone: Backbone) -> None:
-    """A graph returns the same memory each time."""
+    """All steps write to the same memory."""
     engine = Engine(backbone)
     record(backbone, engine)
-    graph = backbone._graphs
-    place = torch.zeros(4, 3)
-    graph._replays = {key: lambda: (place, place) for key in graph._replays}
-    batch = build_batch([Segment(2, torch.tensor([1]), 2, ())], torch.tensor([1, 2]), torch.tensor([2, 3]), CPU)
-    logits, hidden = graph.run([torch.tensor([5, 6])], batch)
-    place.fill_(7)
-    assert (logits.shape, hidden.shape) == ((2, 3), (2, 3))
-    assert not hidden.any()
+    batch = build_batch(
+        [Segment(2, torch.tensor([1]), 2, ())], torch.tensor([1, 2]), torch.tensor([2, 3]), engine.device
+    )
+    logits, hidden = backbone._graphs.run([torch.tensor([5, 6])], batch)
+    before = hidden.clone()
+    again, _ = backbone._graphs.run([torch.tensor([7, 8])], batch)
+    assert logits.data_ptr() == again.data_ptr()
+    assert torch.equal(hidden, before)
 
 
 def test_what_fits_no_graph_runs_without(backbone: Backbone) -> None:
@@ -108,14 +108,10 @@ def test_what_fits_no_graph_runs_without(backbone: Backbone) -> None:
     engine.step([(request, 60, ())])
     engine.step([(request, 1, ())])  # 61 keys
     others.step([(Request([5]), 1, ())])  # another pool
-    backbone.forward(  # a part of the rows
-        torch.tensor([5, 6]),
-        build_batch(
-            [Segment(2, torch.tensor([], dtype=torch.int64), 2, ())], torch.arange(2), torch.tensor([1, 2]), CPU
-        ),
-        engine.pool,
-        torch.tensor([1]),
-    )
+    slots = torch.tensor([1, 2])
+    batch = build_batch([Segment(2, slots[:0], 2, ())], torch.arange(2), slots, engine.device)
+    tokens, part = torch.tensor([5, 6], device=engine.device), torch.tensor([1], device=engine.device)
+    backbone.forward(tokens, batch, engine.pool, part)
     assert recorded.num_replays == 0
     engine.step([(Request([5]), 1, ())])
     assert recorded.num_replays == 1
@@ -143,25 +139,30 @@ def test_models_that_are_not_fused_here_are_not_recorded() -> None:
     assert backbone.record(Engine(backbone).pool, **LIMITS) == 0
 
 
-def test_a_drafters_passes_are_the_same_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drafters_passes_are_the_same_as_without(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.drafters.sequential.kernel_for", lambda _: attention)
     torch.manual_seed(0)
     shape = Shape(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=16, inner_size=48)
     heads = SequentialHeads(shape, torch.randn(97, 32), torch.randn(50, 32), num_heads=3)
     torch.nn.init.normal_(heads.layer.self_attn.o_proj.weight, std=0.2)
-    guesser, recorder, pools = TorchGuesser(heads), Recorded(), [pooled(heads.shape.kv) for _ in range(2)]
+    heads = heads.to(device).requires_grad_(False)
+    guesser, recorder, pools = (
+        TorchGuesser(heads),
+        Recorded(),
+        [pooled(heads.shape.kv, device=device) for _ in range(2)],
+    )
     slots, states, results = torch.arange(1, 7), torch.randn(6, 32), []
-    with torch.inference_mode():
-        for recorded, pool in enumerate(pools):
-            if recorded:
-                guesser.record(pool, **LIMITS, record=recorder)
-            passes = []
-            for begin, end in ((0, 3), (3, 4), (4, 6)):
-                segment = Segment(end - begin, slots[:begin], end - begin, ())
-                batch = build_batch([segment], torch.arange(begin, end), slots[begin:end], CPU)
-                rows = torch.tensor([0, end - begin - 1])
-                passes.append(guesser.guess(slots[begin:end], states[begin:end], batch, pool, rows))
-            results.append([torch.cat(parts) for parts in zip(*passes, strict=True)])
+    for recorded, pool in enumerate(pools):
+        if recorded:
+            guesser.record(pool, **LIMITS, record=recorder)
+        passes = []
+        for begin, end in ((0, 3), (3, 4), (4, 6)):
+            segment = Segment(end - begin, slots[:begin], end - begin, ())
+            batch = build_batch([segment], torch.arange(begin, end), slots[begin:end], device)
+            rows = torch.tensor([0, end - begin - 1], device=device)
+            own = slots[begin:end].to(device), states[begin:end].to(device)
+            passes.append(guesser.guess(*own, batch, pool, rows))
+        results.append([torch.cat(parts) for parts in zip(*passes, strict=True)])
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
     assert recorder.num_replays == 3
 
@@ -173,6 +174,7 @@ def test_recorded_on_a_gpu() -> None:
     with torch.inference_mode():
         eager, graphed = (pooled(*backbone.kv_shapes, device="cuda") for _ in range(2))
         assert backbone.record(graphed, **LIMITS) == 3
+        junk = [torch.randint(97, (8,), device="cuda") for _ in range(100)]  # where what was dropped once lay
         for count in (1, 3, 8):
             slots = torch.arange(1, count + 1)
             batch = build_batch([Segment(count, slots[:0], count, ())], slots - 1, slots, "cuda")
@@ -180,7 +182,8 @@ def test_recorded_on_a_gpu() -> None:
             expected = backbone.forward(*arguments, eager, torch.arange(count, device="cuda"))
             found = backbone.forward(*arguments, graphed, torch.arange(count, device="cuda"))
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert len(junk) == 100
 
 
-def pooled(*shapes: KVShape, device: str = "cpu") -> KVPool:
+def pooled(*shapes: KVShape, device: torch.device | str) -> KVPool:
     return KVPool(shapes, 50, dtype=torch.float32, device=device)

@@ -394,7 +394,7 @@ def test_steps_that_cannot_be_recorded_are_launched(
     assert not asked
     runner.record(EngineConfig("tiny", max_num_batched_rows=70))
     assert asked == [{"most_rows": 70, "longest": runner.info.max_model_len}]
-    assert "cannot be recorded" in caplog.text
+    assert "Not all steps can be recorded" in caplog.text
     assert len(outputs(engine, SAMPLINGS["greedy"])) == len(PROMPTS)
 
 
