@@ -50,7 +50,7 @@ from models.quantize import Quantization, default_quantization, quantize_linears
 
 if TYPE_CHECKING:
     from models.fused_gpu import FusedOnGpu
-    from models.graphs import Graphs
+    from models.graphs import Graphs, Recorder
 
 __all__ = ["Backbone", "BackboneError"]
 
@@ -167,10 +167,11 @@ class Backbone:
         batch = build_batch([Segment(num_tokens, slots[:0], num_tokens, ())], slots - 1, slots, device)
         self.forward(torch.zeros_like(slots, device=device), batch, pool, torch.arange(num_tokens, device=device))
 
-    def record(self, pool: KVPool, *, most_rows: int, longest: int) -> int:
+    def record(self, pool: KVPool, *, most_rows: int, longest: int, record: Recorder | None = None) -> int:
         """From now on steps of at most `most_rows` rows on `pool` are recorded ones. Returns how many are.
 
-        0, and all stays as it is, but on a GPU for a model that is fused there. `longest`: tokens of a sequence.
+        0, and all stays as it is, but on a GPU for a model that is fused there. `longest`: tokens of a sequence;
+        `record`: CUDA's if left out.
         """
         if self._fused is None or isinstance(self._fused, FusedModel):
             return 0
@@ -183,7 +184,7 @@ class Backbone:
             pool,
             shared=fused.shared,
             longest=longest,
-            record=CudaRecorder(),
+            record=record or CudaRecorder(),
         )
         return self._graphs.num_graphs
 

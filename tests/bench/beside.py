@@ -20,6 +20,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from models.tree import MAX_NODES
 from server.engine.core import Engine
 from tests.bench.inside import LOSSLESS, PLAIN, Tokens, decode
+from tests.bench.turns import by_turns
 
 OURS, MEDUSA = "ours", "ours, Medusa"
 STATIC, CONTINUOUS = "transformers, static cache", "transformers, continuous batching"
@@ -55,17 +56,14 @@ def compare(engine: Engine, model: Any, streams: int, num_tokens: int, rounds: i
     theirs = STATIC if streams == 1 else CONTINUOUS
     run = generate if streams == 1 else generate_batch
     sides[theirs] = lambda: run(model, prompts, num_tokens)
-    return [Compared(streams, side, *found) for side, found in by_turns(sides, theirs, rounds).items()]
+    return [Compared(streams, side, *found) for side, found in medians(sides, theirs, rounds).items()]
 
 
-def by_turns(sides: Mapping[str, Side], theirs: str, rounds: int) -> dict[str, tuple[float, float]]:
+def medians(sides: Mapping[str, Side], theirs: str, rounds: int) -> dict[str, tuple[float, float]]:
     """Of each side the median speed, and the median ratio to `theirs`."""
     for run in sides.values():
         run()
-    speeds: dict[str, list[float]] = {side: [] for side in sides}
-    for index in range(rounds):
-        for side in list(sides)[:: -1 if index % 2 else 1]:
-            speeds[side].append(sides[side]())
+    speeds = by_turns(sides, rounds)
     pairs = {side: zip(found, speeds[theirs], strict=True) for side, found in speeds.items()}
     return {side: (median(speeds[side]), median(a / b for a, b in pairs[side])) for side in sides}
 

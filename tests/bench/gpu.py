@@ -42,6 +42,7 @@ from tests.bench import beside, load
 from tests.bench.beside import Compared
 from tests.bench.command import integers, output, write
 from tests.bench.goodput import NUM_TOKENS, Goodput, Knowing, goodput
+from tests.bench.turns import by_turns
 
 PARTS = ("steps", "goodput", "beside", "serving")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -234,14 +235,12 @@ def measure(shape: Shape, device: torch.device, rows: Sequence[int], context: in
     for run in (*steps.values(), copied):
         for _ in range(WARM_UPS):
             run()
-    times: dict[int, list[float]] = {count: [] for count in rows}
-    floors: dict[int, list[float]] = {count: [] for count in rows}
-    for index in range(rounds):
-        per_byte = copied()
-        for count in rows[:: -1 if index % 2 else 1]:
-            times[count].append(steps[count]())
-            floors[count].append((weight_bytes + count * key_bytes) * per_byte)
-    return [speed(count, times[count], times[1], floors[count]) for count in rows]
+    times = by_turns({0: copied, **steps}, rounds)
+
+    def floors(count: int) -> list[float]:
+        return [(weight_bytes + count * key_bytes) * per_byte for per_byte in times[0]]
+
+    return [speed(count, times[count], times[1], floors(count)) for count in rows]
 
 
 def speed(rows: int, seconds: Sequence[float], of_one_row: Sequence[float], floors: Sequence[float]) -> Speed:

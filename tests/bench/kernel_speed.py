@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -24,6 +25,7 @@ from models.kernels.build import KernelError
 from models.train.machine import Machine, this_machine
 from tests.bench.command import integers, output, write
 from tests.bench.kernel_runs import Run, Sizes, attention_runs, linear_runs, memory_reads
+from tests.bench.turns import by_turns
 
 ROWS = (1, 2, 4, 5, 8, 9, 16, 32, 64, 512)
 CONTEXTS = (200, 1000)
@@ -133,11 +135,7 @@ def alternate(runs: Mapping[str, Run], effort: Effort) -> dict[str, list[float]]
     """Seconds of each, one a round."""
     for run in runs.values():
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(effort.rounds):
-        for name in list(runs)[:: -1 if index % 2 else 1]:
-            seconds[name].append(sample(runs[name], effort.seconds))
-    return seconds
+    return by_turns({name: partial(sample, run, effort.seconds) for name, run in runs.items()}, effort.rounds)
 
 
 def sample(run: Run, span: float) -> float:

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 from models.kernels import triton_attention, triton_layers, triton_sampling
+from tests.bench.gpu import SHAPES
 
 H100 = GPUTarget("cuda", 90, 32)
 INDICES = ("tiles", "table", "slots", "positions", "ancestors", "tokens")
@@ -27,14 +28,16 @@ SCALARS = {
     **dict.fromkeys(("key_row", "key_head", "value_row", "value_head", "vocab", "scaled_row"), "i32"),
 }
 FLOATS = ("sums", "cosines", "sines", "parts", "scaled")
-SHAPES = {"SmolLM2-135M": (9, 3, 64, 576, 1536), "Llama-3.1-8B": (32, 8, 128, 4096, 14336)}
+SIZES = ("SmolLM2-135M", "Llama-3.1-8B")
 DTYPES = ("bf16", "fp32")
 
 
 def variants() -> Iterator[tuple[Any, str, dict[str, Any], dict[str, str]]]:
     """Kernel, name, constants, and types of pointers that are not of the model's type."""
-    for shape, (heads, kv_heads, dim, hidden, inner) in SHAPES.items():
-        shared = heads // kv_heads
+    for shape in SIZES:
+        of = SHAPES[shape]
+        heads, kv_heads, hidden, inner = of.heads, of.kv_heads, of.hidden, of.inner
+        shared, dim = heads // kv_heads, hidden // heads
         dims = {"K_DIM": dim, "V_DIM": dim, "K_WIDTH": dim, "V_WIDTH": dim}
         for width in (16, 64):
             for extras, out in ((False, ""), (True, "fp32")):

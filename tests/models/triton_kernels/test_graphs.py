@@ -16,7 +16,6 @@ from models.backbone import Backbone
 from models.batch import Segment, build_batch
 from models.drafters.sequential import SequentialHeads, Shape
 from models.drafters.sequential_drafter import TorchGuesser
-from models.graphs import Graphs
 from models.kernels.triton_attention import attention
 from models.kv_pool import KVPool
 from models.kv_pool import Shape as KVShape
@@ -51,15 +50,8 @@ class Recorded:
 
 
 def record(backbone: Backbone, engine: Engine, longest: int = 40) -> Recorded:
-    recorded, fused = Recorded(), backbone._fused
-    backbone._graphs = Graphs(
-        lambda inputs, *step: fused.forward(*inputs, *step),
-        [torch.zeros(8, dtype=torch.int64, device=engine.device)],
-        engine.pool,
-        shared=fused.shared,
-        longest=longest,
-        record=recorded,
-    )
+    recorded = Recorded()
+    assert backbone.record(engine.pool, most_rows=8, longest=longest, record=recorded) > 0
     return recorded
 
 
@@ -175,6 +167,7 @@ def test_recorded_on_a_gpu() -> None:
         eager, graphed = (pooled(*backbone.kv_shapes, device="cuda") for _ in range(2))
         assert backbone.record(graphed, **LIMITS) == 3
         junk = [torch.randint(97, (8,), device="cuda") for _ in range(100)]  # where what was dropped once lay
+        before = torch.stack(junk)
         for count in (1, 3, 8):
             slots = torch.arange(1, count + 1)
             batch = build_batch([Segment(count, slots[:0], count, ())], slots - 1, slots, "cuda")
@@ -182,7 +175,7 @@ def test_recorded_on_a_gpu() -> None:
             expected = backbone.forward(*arguments, eager, torch.arange(count, device="cuda"))
             found = backbone.forward(*arguments, graphed, torch.arange(count, device="cuda"))
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-        assert len(junk) == 100
+        assert torch.equal(torch.stack(junk), before)
 
 
 def pooled(*shapes: KVShape, device: torch.device | str) -> KVPool:
