@@ -278,7 +278,7 @@ def _ask_struct(chain: Chain) -> cpu.AskStruct:
     tensors = chain.context, chain.tokens, chain.slots
     sizes = chain.context.shape[0], chain.tokens.shape[0]
     limits = chain.position, chain.num_nodes, chain.max_depth, chain.least_value
-    return cpu.AskStruct(*map(cpu.address, tensors), *sizes, *limits)
+    return cpu.AskStruct(*map(cpu.address, tensors), *sizes, *limits, chain.temperature, chain.key)
 
 
 def rotations(rotary: nn.Module, num_positions: int) -> tuple[Tensor, Tensor]:

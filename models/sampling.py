@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from models.grammar import unpack
+from models.kernels import cpu
 from models.kernels.gpu import runs_triton
 from models.masks import NEG_INF, Mask
 
@@ -102,15 +103,15 @@ def needs_history(params: Params) -> bool:
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Draw one token for each row.
+def sample(logits: Tensor, rows: Sequence[Row], *, in_c: bool = False) -> Tensor:
+    """Draw one token for each row; `in_c`: by the C kernel, for logits on the CPU.
 
     logits: [rows, vocab] float32, raw; unchanged. Returns [rows] int64.
     """
     logits = adjust(logits, rows)
-    tokens = _argmax(logits)
     sampled = [i for i, row in enumerate(rows) if row.params.temperature > 0]
-    if sampled:
+    tokens = cpu.draw(logits, map(_draw_struct, rows)) if in_c and sampled else _argmax(logits)
+    if sampled and not in_c:
         index = torch.tensor(sampled, device=logits.device)
         tokens[index] = _draw(logits[index], [rows[i] for i in sampled])
     masked = [i for i, row in enumerate(rows) if row.mask is not None or row.grammar_mask is not None]
@@ -119,6 +120,12 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         best = logits[index, tokens[index]]
         tokens[index[best == NEG_INF]] = NO_TOKEN
     return tokens
+
+
+def _draw_struct(row: Row) -> cpu.DrawStruct:
+    params = row.params
+    key = _noise_key(row) if params.temperature > 0 else 0
+    return cpu.DrawStruct(params.temperature, params.top_p, params.min_p, params.top_k, key)
 
 
 def _argmax(logits: Tensor) -> Tensor:
@@ -197,7 +204,7 @@ def log_distribution(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     scores = adjust(logits, rows)
     scaled = scores / _column([row.params.temperature or 1.0 for row in rows], scores)
     values, order = scaled.sort(dim=-1, descending=True, stable=True)
-    kept = _kept(values, scaled.logsumexp(-1), rows)
+    kept, _ = _kept(values, scaled.logsumexp(-1), rows)
     greedy = _column([float(row.params.temperature == 0) for row in rows], scores) > 0
     first = torch.arange(values.shape[-1], device=values.device) == 0
     kept = torch.where(greedy, first, kept)
@@ -237,22 +244,23 @@ def _draw_truncated(scaled: Tensor, rows: Sequence[Row], num_candidates: int = N
     """Draw among the best `num_candidates`; rows that may keep more than those are drawn again over all."""
     num_candidates = min(num_candidates, scaled.shape[-1])
     values, ids = scaled.topk(num_candidates, dim=-1)  # [rows, candidates], sorted
-    kept = _kept(values, scaled.logsumexp(-1), rows)
+    kept, is_open = _kept(values, scaled.logsumexp(-1), rows)
     scores = (values + gumbel(rows, ids)).masked_fill(~kept, NEG_INF)
     tokens = ids.gather(-1, scores.argmax(-1, keepdim=True)).squeeze(-1)
     if num_candidates < scaled.shape[-1]:
-        unsure = kept[:, -1].nonzero().flatten()
+        unsure = is_open.nonzero().flatten()
         if len(unsure):
             again = [rows[i] for i in unsure.tolist()]
             tokens[unsure] = _draw_truncated(scaled[unsure], again, scaled.shape[-1])
     return tokens
 
 
-def _kept(values: Tensor, log_total: Tensor, rows: Sequence[Row]) -> Tensor:
+def _kept(values: Tensor, log_total: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """Which of the sorted candidates survive min_p, then top_k, then top_p, each renormalised.
 
     values: [rows, candidates] scaled logits, descending. log_total: [rows] logsumexp over the whole vocabulary.
-    Each rule keeps a prefix of the sorted candidates. Returns [rows, candidates] bool; the first is always kept.
+    Each rule keeps a prefix of the sorted candidates. Returns [rows, candidates] bool, the first is always kept; and
+    [rows] bool, whether more candidates could change that.
     """
     ranks = torch.arange(values.shape[-1], device=values.device)
     top_k = _column([float(row.params.top_k or values.shape[-1]) for row in rows], values)
@@ -264,7 +272,8 @@ def _kept(values: Tensor, log_total: Tensor, rows: Sequence[Row]) -> Tensor:
     total = torch.where(shortened, renormalised, log_total).unsqueeze(-1)
     probabilities = (values - total).exp()
     before = probabilities.cumsum(-1) - probabilities
-    return kept & ((before < top_p) | (top_p >= 1.0) | (ranks == 0))
+    nucleus = kept & ((before < top_p) | (top_p >= 1.0) | (ranks == 0))
+    return nucleus, torch.where(shortened, kept[:, -1], nucleus[:, -1])
 
 
 def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
@@ -287,11 +296,14 @@ def gumbel(rows: Sequence[Row], tokens: Tensor) -> Tensor:
     return gumbel_from_keys(unique, tokens)[index]
 
 
-def gumbel_from_keys(keys: Sequence[int], tokens: Tensor) -> Tensor:
+def gumbel_from_keys(keys: Sequence[int], tokens: Tensor, *, in_c: bool = False) -> Tensor:
     """float32 noise, a hash of (key, token id) and nothing else: the same on every device and in every batch shape.
 
-    tokens: [tokens]. Returns [keys, tokens]; one key at a time, so that the 64-bit hashes stay in the cache.
+    tokens: [tokens]. Returns [keys, tokens]; one key at a time, so that the 64-bit hashes stay in the cache. `in_c`: by
+    the C kernel, whose logarithms may differ from torch's in the last bit.
     """
+    if in_c:
+        return cpu.noise(keys, tokens)
     steps = tokens * _signed(_GOLDEN)
     return torch.stack([_gumbel(_mix(steps + key)) for key in keys])
 
@@ -329,7 +341,13 @@ def _noise_key(row: Row) -> int:
 
 def noise_key(seed: int, choice: int, position: int) -> int:
     """Key of one position's noise, as a signed 64-bit integer."""
-    key = seed & _MASK
-    for part in (choice, position):
-        key = _mix_int((key + (part + 1) * _GOLDEN) & _MASK)
-    return _signed(key)
+    return _signed(_mixed_in(_mixed_in(seed & _MASK, choice), position))
+
+
+def choice_key(seed: int, choice: int) -> int:
+    """The same before a position enters it."""
+    return _signed(_mixed_in(seed & _MASK, choice))
+
+
+def _mixed_in(key: int, part: int) -> int:
+    return _mix_int((key + (part + 1) * _GOLDEN) & _MASK)

@@ -38,6 +38,8 @@ class Chain:
     num_nodes: int
     max_depth: int
     least_value: float  # of a node that pays
+    temperature: float = 0.0
+    key: int = 0  # of the verifier's noise, before a position enters it
 
 
 class Growth:

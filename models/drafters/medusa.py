@@ -52,16 +52,17 @@ def propose(heads: Heads, hidden: Tensor, rows: Sequence[DraftRow], num_ranks: i
     noisy = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if noisy:
         index = torch.tensor(noisy, device=logits.device)
-        logits[index] = _perturbed(logits[index], [rows[i] for i in noisy], heads.token_ids)
+        in_c = isinstance(heads, PackedHeads)
+        logits[index] = _perturbed(logits[index], [rows[i] for i in noisy], heads.token_ids, in_c)
     scores, best = logits.topk(min(num_ranks, logits.shape[-1]), dim=-1)
     given = (scores - logits.logsumexp(-1, keepdim=True)).exp()
     return Candidates(heads.token_ids[best].cpu().numpy(), given.double().cpu().numpy())
 
 
-def _perturbed(logits: Tensor, rows: Sequence[DraftRow], token_ids: Tensor) -> Tensor:
+def _perturbed(logits: Tensor, rows: Sequence[DraftRow], token_ids: Tensor, in_c: bool) -> Tensor:
     """log q / T + g, for each depth with the noise of the position that it guesses."""
     num_heads = logits.shape[1]
     keys = [noise_key(r.params.seed, r.params.choice, r.position + depth) for r in rows for depth in range(num_heads)]
-    noise = gumbel_from_keys(keys, token_ids).view(len(rows), num_heads, -1)
+    noise = gumbel_from_keys(keys, token_ids, in_c=in_c).view(len(rows), num_heads, -1)
     temperature = torch.tensor([row.params.temperature for row in rows], device=logits.device).view(-1, 1, 1)
     return logits.log_softmax(-1) / temperature + noise

@@ -28,7 +28,7 @@ from models.drafters.resblock import DEFAULT_ACCURACIES
 from models.drafters.sequential import SequentialHeads
 from models.kernels.gpu import runs_triton
 from models.kv_pool import KVPool
-from models.sampling import gumbel_from_keys, noise_key
+from models.sampling import choice_key, gumbel_from_keys, noise_key
 from models.tree import Guess
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class SequentialDrafter:
 
     def _catch_up(self, ask: Ask) -> Chain:
         """The rows that a request's text has more than its K and V, to be computed now."""
-        memory, root = self._memories[ask.request], len(ask.text) - 1
+        memory, root, params = self._memories[ask.request], len(ask.text) - 1, ask.row.params
         first = root - memory.count + 1  # the state before it is the oldest one kept
         slots = np.frombuffer(ask.slots, dtype=np.int64) if root else np.empty(0, dtype=np.int64)
         own, before = slots[first:root], slots[max(first - CONTEXT, 0) : first]
@@ -196,6 +196,8 @@ class SequentialDrafter:
             ask.num_nodes,
             min(ask.max_depth, self.num_heads),
             ask.least_value,
+            params.temperature,
+            choice_key(params.seed, params.choice) if params.temperature > 0 else 0,
         )
 
     def _plant(self, asks: Sequence[Ask]) -> list[Branch]:
@@ -269,7 +271,7 @@ class SequentialDrafter:
             if row.params.temperature > 0:
                 position = row.position + branch.growth.depth(node)
                 key = noise_key(row.params.seed, row.params.choice, position)
-                noise = gumbel_from_keys([key], self._token_ids)[0]
+                noise = gumbel_from_keys([key], self._token_ids, in_c=self._grower is not None)[0]
                 own.copy_(own.log_softmax(-1) / row.params.temperature + noise)
 
     def _take_slot(self) -> int:
@@ -312,8 +314,8 @@ class TorchGuesser:
 
 
 def _is_plain(ask: Ask) -> bool:
-    """Neither noise nor a mask has a say in which tokens are likeliest."""
-    return ask.row.params.temperature == 0 and ask.row.mask is None
+    """No mask has a say in which tokens are likeliest."""
+    return ask.row.mask is None
 
 
 def scratch_slots(max_num_seqs: int, num_heads: int) -> int:

@@ -4,10 +4,9 @@
  */
 #include <omp.h>
 
-#include <stdlib.h>
-
 #include "attention.h"
 #include "draft.h"
+#include "draw.h"
 #include "linear.h"
 
 #define PANEL 128  /* rows whose quantised values stay in the second-level cache */
@@ -311,10 +310,29 @@ void medusa_best(const float *scores, int64_t rows, int64_t width, int64_t vocab
     }
 }
 
-static void *room(int64_t count, int64_t size) {
-    void *memory = malloc((count ? count : 1) * size);
-    if (!memory) abort();
-    return memory;
+/* A token for each row of logits [rows][width], of which `vocab` count. */
+void medusa_draw(int threads, const float *logits, int64_t rows, int64_t width, int64_t vocab, const Draw *draws,
+                 int64_t *tokens) {
+    const int64_t num_parts = (vocab + PART - 1) / PART;
+    Part *parts = room(rows * num_parts, sizeof(Part));
+    Team team = {0};
+#pragma omp parallel num_threads(threads)
+    {
+        assemble(&team);
+        for (int64_t i; (i = take(&team, 1)) < rows * num_parts;)
+            parts[i] = look_at(logits + i / num_parts * width, i % num_parts * PART, vocab, draws + i / num_parts);
+        meet(&team);
+        for (int64_t row; (row = take(&team, 1)) < rows;)
+            tokens[row] = decide(logits + row * width, vocab, draws + row, parts + row * num_parts, num_parts);
+        meet(&team);
+    }
+    free(parts);
+}
+
+/* The noise of each key at these tokens: out [num_keys][num_tokens]. */
+void medusa_noise(const uint64_t *keys, int64_t num_keys, const int64_t *tokens, int64_t num_tokens, float *out) {
+    memset(out, 0, num_keys * num_tokens * sizeof *out);
+    for (int64_t k = 0; k < num_keys; k++) perturb(out + k * num_tokens, tokens, num_tokens, 1.0f, keys[k]);
 }
 
 /* Trees of a sequential drafter. states [sum of num_chain][hidden]: before each token of the chains; token_ids [vocab]:
@@ -348,6 +366,13 @@ void medusa_draft(int threads, const Drafter *drafter, const Rules *rules, const
         float *found = grove.states + grove.num_states * size;
         const Asked asked = {round.rows, round.num_opened, 0, round.num_opened, found, round.logits};
         medusa_guess(threads, drafter, &round.step, b, round.tokens, round.inputs, &asked);
+        for (int64_t k = 0; k < round.num_opened; k++) {
+            const Ask *ask = asks + round.owners[k];
+            const int64_t depth = round.nodes[k] < 0 ? 0 : grove.nodes[round.owners[k] * grove.most + round.nodes[k]].depth;
+            if (!(ask->temperature > 0)) continue;
+            const uint64_t key = position_key(ask->key, ask->position + ask->num_chain + depth);
+            perturb(round.logits + k * outputs, token_ids, vocab, ask->temperature, key);
+        }
         medusa_best(round.logits, round.num_opened, outputs, vocab, rules->ranks, 1.0f, round.best, round.shares);
         for (int64_t k = 0; k < round.num_opened; k++) {
             const int64_t i = round.owners[k], node = round.nodes[k];

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import time
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 
@@ -138,6 +139,18 @@ class AskStruct(Structure):
         ("num_nodes", c_int64),
         ("max_depth", c_int64),
         ("least_value", c_float),
+        ("temperature", c_float),
+        ("key", c_int64),
+    )
+
+
+class DrawStruct(Structure):
+    _fields_ = (
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("min_p", c_float),
+        ("top_k", c_int32),
+        ("key", c_int64),
     )
 
 
@@ -285,6 +298,24 @@ def best(scores: Tensor, vocab: int, count: int, sharpness: float) -> tuple[Tens
     sizes = map(c_int64, (len(scores), scores.stride(0), vocab, count))
     kernels().medusa_best(address(scores), *sizes, c_float(sharpness), address(found), address(shares))
     return found, shares
+
+
+def draw(logits: Tensor, draws: Iterable[DrawStruct]) -> Tensor:
+    """A token for each row of logits [rows, vocab] float32: `models.sampling` once more. Returns [rows]."""
+    rows, vocab = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    tokens = torch.empty(rows, dtype=torch.int64)
+    sizes = map(c_int64, (rows, logits.stride(0), vocab))
+    call("medusa_draw", address(logits), *sizes, (DrawStruct * rows)(*draws), address(tokens))
+    return tokens
+
+
+def noise(keys: Sequence[int], tokens: Tensor) -> Tensor:
+    """Gumbel noise of each key at `tokens` [tokens] int64: [keys, tokens]."""
+    out = torch.empty(len(keys), len(tokens))
+    own = (c_int64 * len(keys))(*keys)
+    kernels().medusa_noise(own, c_int64(len(keys)), address(tokens), c_int64(len(tokens)), address(out))
+    return out
 
 
 def attention_struct(keys: Tensor, values: Tensor, heads: int, scaling: float, window: int | None) -> AttentionStruct:

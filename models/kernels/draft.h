@@ -1,5 +1,5 @@
 /* Trees of a sequential drafter, grown best first: models.drafters.growth and sequential_drafter once more, for requests
- * whose guesses need nothing but the likeliest tokens. Included by cpu.c, whose `guess` runs the layer.
+ * without masks. Included by cpu.c, whose `guess` runs the layer.
  *
  * Invariant: a node's parent comes before it, and its value is at most its parent's.
  */
@@ -19,6 +19,8 @@ typedef struct {
     int64_t num_context, num_chain, position; /* of the first of them */
     int64_t num_nodes, max_depth;
     float least_value; /* of a node that pays */
+    float temperature; /* 0: guesses are the likeliest tokens; else with the verifier's noise */
+    uint64_t key;      /* of that noise, before a position enters it */
 } Ask;
 
 typedef struct {

@@ -134,6 +134,22 @@ INLINE floats exponential(floats x) {
     return choose(tiny, splat(0.0f), p * (floats)exponent);
 }
 
+/* log x, relative error 2e-7 (Cephes' logf), of x that is positive, finite and not denormal. */
+INLINE floats logarithm(floats x) {
+    const ints exponent = ((ints)x - 0x3f3504f3) >> 23; /* of x = m * 2^exponent, m from sqrt(1/2) to sqrt(2) */
+    const floats r = (floats)((ints)x - (exponent << 23)) - 1.0f, n = __builtin_convertvector(exponent, floats);
+    floats p = splat(7.0376836292e-2f);
+    p = p * r - 1.1514610310e-1f;
+    p = p * r + 1.1676998740e-1f;
+    p = p * r - 1.2420140846e-1f;
+    p = p * r + 1.4249322787e-1f;
+    p = p * r - 1.6668057665e-1f;
+    p = p * r + 2.0000714765e-1f;
+    p = p * r - 2.4999993993e-1f;
+    p = p * r + 3.3333331174e-1f;
+    return r + (p * r * (r * r) - n * 2.12194440e-4f - 0.5f * (r * r)) + n * 0.693359375f;
+}
+
 INLINE floats from_bf16(const uint16_t *from) {
     halves bits;
     memcpy(&bits, from, sizeof bits);

@@ -25,8 +25,8 @@ expected tokens (`token_map`). Serve them with `medusa-serve serve MODEL --heads
 
     {command}
 
-The trunk is frozen; {positions} training positions, soft labels (the base model's own distribution at each depth), the
-best evaluation (after epoch {best_epoch:g} of {epochs}), on {device}. The facts are in `config.json`.
+The trunk is frozen; {positions} training positions{after}, soft labels (the base model's own distribution at each
+depth), the best evaluation (after epoch {best_epoch:g} of {epochs}), on {device}. The facts are in `config.json`.
 
 ## What was measured
 
@@ -55,7 +55,9 @@ def model_card(
     facts: Mapping[str, Any],
 ) -> str:
     """Markdown with the numbers of this run."""
+    before = facts["positions_before"]
     return _CARD.format(
+        after=f", after {before} that the heads given as --init had seen" if before else "",
         name=name,
         command=command,
         device=device,

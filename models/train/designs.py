@@ -15,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.checkpoint import save_heads
+from models.checkpoint import load_heads, save_heads
 from models.drafters.resblock import ResBlockHeads
 from models.drafters.sequential import SequentialHeads, Shape
-from models.sequential_checkpoint import save_sequential
+from models.sequential_checkpoint import build_sequential, is_sequential, read_sequential, save_sequential
 from models.train.acceptance import Text, rank_text
 from models.train.distill import Distiller, Recipe, ResBlockDistiller
 from models.train.sequential import SequentialDistiller, rank_sequential
 from models.train.trunk import Frozen, TrunkCache
 
-H = TypeVar("H", ResBlockHeads, SequentialHeads)
 AnyHeads = ResBlockHeads | SequentialHeads
+H = TypeVar("H", bound=AnyHeads)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ResBlocks(Design):
 
     def new(self, frozen: Frozen, token_ids: Tensor, sizes: Sizes) -> ResBlockHeads:
         rows = frozen.lm_head[token_ids.to(frozen.lm_head.device)]
-        return _in_float(ResBlockHeads(rows, token_ids=token_ids, **asdict(sizes)))
+        return in_float(ResBlockHeads(rows, token_ids=token_ids, **asdict(sizes)))
 
     def distiller(self, heads: Any, cache: TrunkCache, training: NDArray[np.bool_], recipe: Recipe) -> Distiller[Any]:
         return ResBlockDistiller(heads, cache, training, recipe)
@@ -91,7 +91,7 @@ class Sequential(Design):
         rows = frozen.lm_head[token_ids.to(frozen.lm_head.device)]
         shape = _shape(frozen.config)
         heads = SequentialHeads(shape, frozen.embedding, rows, num_heads=sizes.num_heads, token_ids=token_ids)
-        return _in_float(heads)
+        return in_float(heads)
 
     def distiller(self, heads: Any, cache: TrunkCache, training: NDArray[np.bool_], recipe: Recipe) -> Distiller[Any]:
         return SequentialDistiller(heads, cache, training, recipe)
@@ -109,6 +109,18 @@ class Sequential(Design):
 DESIGNS: Mapping[str, Design] = {"resblock": ResBlocks(), "sequential": Sequential()}
 
 
+def load(path: Path, embedding: Tensor, lm_head: Tensor) -> AnyHeads:
+    """Heads of any design over the model's embedding and LM head, [vocab, hidden] both. Raises CheckpointError."""
+    if is_sequential(path):
+        return build_sequential(read_sequential(path), embedding, lm_head)
+    return load_heads(path, lm_head)
+
+
+def design_of(heads: AnyHeads) -> str:
+    """The name of their design in `DESIGNS`."""
+    return "sequential" if isinstance(heads, SequentialHeads) else "resblock"
+
+
 def rank(heads: AnyHeads, hidden: Tensor, tokens: NDArray[np.int64], counts: NDArray[np.bool_]) -> list[Text]:
     """Ranks of the right tokens in every answer of one example, as `acceptance.rank_text`."""
     if isinstance(heads, SequentialHeads):
@@ -118,7 +130,7 @@ def rank(heads: AnyHeads, hidden: Tensor, tokens: NDArray[np.int64], counts: NDA
 
 def describe(heads: AnyHeads) -> str:
     """What they are, whoever trained them."""
-    return DESIGNS["sequential" if isinstance(heads, SequentialHeads) else "resblock"].describe(heads)
+    return DESIGNS[design_of(heads)].describe(heads)
 
 
 def inner_layers(heads: AnyHeads) -> tuple[int, ...]:
@@ -135,9 +147,11 @@ def _inner_in_words(layers: tuple[int, ...]) -> str:
     return f" They see the outputs of layers {', '.join(map(str, layers))}, too (counted from 0)." if layers else ""
 
 
-def _in_float(heads: H) -> H:
+def in_float(heads: H) -> H:
+    """Ready to learn: their own weights in float32."""
     for parameter in heads.parameters():
         parameter.data = parameter.data.float()
+        parameter.requires_grad_()
     return heads
 
 

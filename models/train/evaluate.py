@@ -17,15 +17,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from models.checkpoint import load_heads
 from models.drafters.resblock import DEFAULT_ACCURACIES
 from models.errors import UsageError
-from models.sequential_checkpoint import build_sequential, is_sequential, read_sequential
 from models.source import resolve
 from models.train.acceptance import Text
 from models.train.command import run
 from models.train.data import VALIDATION_FRACTION, DataError, Example, encode_rows, read_rows
-from models.train.designs import AnyHeads, count_parameters, describe, inner_layers, rank
+from models.train.designs import AnyHeads, count_parameters, describe, inner_layers, load, rank
 from models.train.machine import this_machine
 from models.train.report import REQUESTS, SIZES, Design, Report, Setting, judge, markdown, write_report
 from models.train.step_times import Measure, StepTimes, Trial
@@ -65,7 +63,8 @@ def _evaluate(options: argparse.Namespace, console: Console, measure: Measure | 
     check_device(options.device)
     rows, folder = read_rows(options.data), resolve(options.model)
     model, tokenizer = load_trunk(folder, torch.float32, options.device)
-    designs = [_load_heads(path, model) for path in options.heads]
+    embedding, lm_head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    designs = [load(path, embedding, lm_head) for path in options.heads]
     examples = encode_rows(rows, tokenizer, validation_fraction=options.validation_fraction)
     texts: list[dict[str, list[Text]]] = [defaultdict(list) for _ in designs]
     own: list[NDArray[np.bool_]] = []
@@ -125,14 +124,6 @@ def time_steps(measure: Measure | None, trial: Trial, console: Console) -> Seque
     except UsageError as error:
         console.print(f"Step times were not measured: {error}", markup=False)
         return [None] * len(trial.heads)
-
-
-def _load_heads(path: Path, model: Any) -> AnyHeads:
-    """Heads of any design. Raises CheckpointError."""
-    lm_head = model.get_output_embeddings()
-    if is_sequential(path):
-        return build_sequential(read_sequential(path), model.get_input_embeddings().weight, lm_head.weight)
-    return load_heads(path, lm_head)
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import shlex
 import shutil
 import signal
@@ -31,12 +32,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from models.drafters.resblock import ResBlockHeads
 from models.inner import low_and_middle
 from models.quantize import Quantization
+from models.sequential_checkpoint import is_sequential
 from models.source import OWN_HEADS, resolve
 from models.train.acceptance import Text, measure_accuracies, tau_by_nodes
 from models.train.card import model_card
 from models.train.command import positive, run
 from models.train.data import VALIDATION_FRACTION, DataError, Example, encode_rows, read_rows
-from models.train.designs import DESIGNS, AnyHeads, Sizes, count_parameters, rank
+from models.train.designs import (
+    DESIGNS,
+    AnyHeads,
+    Sizes,
+    count_parameters,
+    describe,
+    design_of,
+    in_float,
+    inner_layers,
+    load,
+    rank,
+)
 from models.train.distill import Distiller, History, Recipe, draft_vocabulary, teachable
 from models.train.evaluate import held_out, prompts, time_steps
 from models.train.machine import this_machine
@@ -50,21 +63,9 @@ _SCORED_NODES = 8
 FEATURES = ("last", "low,mid,last")
 MAX_LENGTH = 1024  # tokens of one example; longer texts are cut
 _JOINT_SETTINGS = ("joint_epochs", "joint_lr", "joint_rows")
+_SHAPE = ("design", "num_heads", "num_layers", "features", "draft_vocab")
 _SETTINGS = (
-    *(
-        "name",
-        "design",
-        "quantization",
-        "num_heads",
-        "num_layers",
-        "features",
-        "draft_vocab",
-        "epochs",
-        "batch_size",
-        "lr",
-        "seed",
-    ),
-    *("evaluations", "patience"),
+    *("name", *_SHAPE, "quantization", "epochs", "batch_size", "lr", "seed", "evaluations", "patience"),
     *("validation_fraction", "all_positions", "dtype", "joint", *_JOINT_SETTINGS),
 )
 _SECONDS_BETWEEN_SAVES = 120.0
@@ -84,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for the heads")
     parser.add_argument("--work", type=Path, help="folder for the trunk's cached states (default: OUTPUT.work)")
     parser.add_argument("--name", help="what to call the base model in the card (default: MODEL)")
+    parser.add_argument(
+        "--init", type=Path, metavar="HEADS", help="go on from these heads, whose design and sizes stay"
+    )
     parser.add_argument(
         "--design", choices=DESIGNS, default="sequential", help="one recursive layer, or Medusa's residual blocks"
     )
@@ -131,16 +135,19 @@ def train(options: argparse.Namespace, console: Console, measure: Measure | None
     judged = held_out(examples)
     if not any(any(example.counts[2:]) for example in examples if not example.held_out):
         raise DataError("No text is left to learn from; give more, or a smaller --validation-fraction.")
+    heads = _given_heads(frozen, options)
+    inner = _inner(options, frozen) if heads is None else inner_layers(heads)
     with _progress(console) as progress:
         bar = _bar(progress, "Running the trunk")
-        cache = build_cache(frozen.trunk, examples, work / "trunk", inner_layers=_inner(options, frozen), progress=bar)
+        cache = build_cache(frozen.trunk, examples, work / "trunk", inner_layers=inner, progress=bar)
     training = np.array([not example.held_out for example in examples])
-    heads = _new_heads(frozen, cache, training, options)
+    heads = heads or _new_heads(frozen, cache, training, options)
     vocab_size = len(frozen.lm_head)
     del frozen
 
     learned = replace(cache, counts=np.ones_like(cache.counts)) if options.all_positions else cache
-    distiller = DESIGNS[options.design].distiller(heads, learned, training, _recipe(options))
+    design = design_of(heads)
+    distiller = DESIGNS[design].distiller(heads, learned, training, _recipe(options, design))
     _run(distiller, work / "state.pt", lambda: _score(_rank(heads, cache, judged)), options.resume, console)
     folder, joint = options.output, None
     if options.joint:
@@ -163,13 +170,19 @@ def train(options: argparse.Namespace, console: Console, measure: Measure | None
 
 def _check(options: argparse.Namespace) -> None:
     """Raise DataError or TrunkError for options that make no sense together or here."""
-    if options.design == "sequential" and options.num_layers != 1:
+    sequential = options.design == "sequential"
+    if options.init is not None:
+        if any(_is_chosen(options, key) for key in _SHAPE):
+            flags = ", ".join(map(_flag, _SHAPE))
+            raise DataError(f"--init's heads keep their design and sizes: leave {flags} out.")
+        sequential = is_sequential(options.init)
+    if sequential and options.num_layers != 1:
         raise DataError("--num-layers is for --design resblock: a sequential drafter has one layer.")
-    if options.joint and (options.design != "resblock" or options.quantization != "none"):
+    if options.joint and (sequential or options.quantization != "none"):
         raise DataError("--joint is for --design resblock and --quantization none: Medusa-2 is made of these.")
     if not options.joint and any(getattr(options, key) is not None for key in _JOINT_SETTINGS):
         raise DataError("--joint-epochs, --joint-lr and --joint-rows are for --joint: add it, or leave them out.")
-    if options.design == "sequential" and options.features != "last":
+    if sequential and options.features != "last":
         raise DataError("--features is for --design resblock: a sequential drafter sees the last state.")
     if options.quantization != "none" and options.device != "cpu":
         raise DataError(f"--quantization {options.quantization} is for --device cpu: leave one of them out.")
@@ -182,10 +195,15 @@ def _load(options: argparse.Namespace) -> Frozen:
     return load_frozen(path, dtype, options.device, quantization=quantization, max_length=MAX_LENGTH)
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
+def _recipe(options: argparse.Namespace, design: str) -> Recipe:
     keys = ("epochs", "batch_size", "lr", "patience")
     chosen = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
-    return replace(DESIGNS[options.design].recipe, seed=options.seed, evaluations=options.evaluations, **chosen)
+    return replace(DESIGNS[design].recipe, seed=options.seed, evaluations=options.evaluations, **chosen)
+
+
+def _given_heads(frozen: Frozen, options: argparse.Namespace) -> AnyHeads | None:
+    """Those of --init. Raises CheckpointError."""
+    return None if options.init is None else in_float(load(options.init, frozen.embedding, frozen.lm_head))
 
 
 def _new_heads(frozen: Frozen, cache: TrunkCache, training: NDArray[np.bool_], options: argparse.Namespace) -> AnyHeads:
@@ -279,11 +297,12 @@ def _write(
     vocab_size: int,
     own: float,
 ) -> None:
-    heads, design = distiller.heads, DESIGNS[options.design]
+    heads = distiller.heads
     heads.accuracies = measure_accuracies(texts)
     facts = {
         **asdict(distiller.recipe),
         "positions": distiller.num_positions,
+        "positions_before": _positions_before(options.init),
         "all_positions": options.all_positions,
         "trunk_dtype": _trunk_dtype(options),
         "validation_fraction": options.validation_fraction,
@@ -294,13 +313,11 @@ def _write(
     }
     name = options.name or options.model
     taus = tau_by_nodes(texts, heads.accuracies)
-    card = model_card(
-        name, _command(options), _machine(options.device), design.describe(heads), heads, texts, taus, facts
-    )
+    card = model_card(name, _command(options), _machine(options.device), describe(heads), heads, texts, taus, facts)
     if joint is not None:
         facts, card = facts | {"joint": joint.facts}, card + joint.card()
         joint.save(options.output, card)
-    design.save(folder, heads, base_model=name, vocab_size=vocab_size, card=card, facts=facts)
+    DESIGNS[design_of(heads)].save(folder, heads, base_model=name, vocab_size=vocab_size, card=card, facts=facts)
 
 
 def _report(
@@ -326,9 +343,18 @@ def _report(
     setting = Setting(
         options.name or options.model, _trunk_dtype(options), str(this_machine()), len(every), positions, own
     )
-    name, what = options.output.resolve().name, DESIGNS[options.design].describe(heads)
+    name, what = options.output.resolve().name, describe(heads)
     found = judge(name, what, count_parameters(heads), texts, heads.accuracies or (), times)
     write_report(folder, Report(setting, [found]))
+
+
+def _positions_before(init: Path | None) -> int:
+    """What the heads that training began with had seen, as far as their config.json says it."""
+    try:
+        facts = json.loads((init / "config.json").read_text())["training"] if init is not None else {}
+        return int(facts.get("positions", 0) + facts.get("positions_before", 0))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return 0
 
 
 def _trunk_dtype(options: argparse.Namespace) -> str:
@@ -339,12 +365,23 @@ def _command(options: argparse.Namespace) -> str:
     """The call that repeats this run, folders aside."""
     files = [file.name for file in options.data]
     words = ["medusa-serve", "train", "heads", options.model, "--data", *files, "--output", "DIR"]
-    defaults = vars(_parser().parse_args(["x", "--data", "x", "--output", "x"]))
+    if options.init is not None:
+        words += ["--init", options.init.resolve().name]
     for key in _SETTINGS:
-        value = getattr(options, key)
-        if value is not None and value != defaults[key]:
-            words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+        if _is_chosen(options, key):
+            value = getattr(options, key)
+            words += [_flag(key), *([] if value is True else [str(value)])]
     return shlex.join(words)
+
+
+def _is_chosen(options: argparse.Namespace, key: str) -> bool:
+    """Whether an option is other than by default."""
+    value = getattr(options, key)
+    return value is not None and value != _parser().get_default(key)
+
+
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
 
 
 def _machine(device: str) -> str:

@@ -219,7 +219,8 @@ class Runner:
         chosen = logits if is_all else logits[integers(sampled_from, self.device)]
         sampled: list[int] = []
         if sampled_from:
-            sampled = sampling.sample(chosen, [row for mine in rows for row in mine]).tolist()
+            flat = [row for mine in rows for row in mine]
+            sampled = sampling.sample(chosen, flat, in_c=self.backbone.is_packed).tolist()
         outcomes: list[Outcome] = []
         used = 0
         for work, mine, first, last, state in zip(works, rows, firsts, firsts[1:], states, strict=False):

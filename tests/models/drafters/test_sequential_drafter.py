@@ -228,7 +228,8 @@ def test_trees_grown_in_c_are_those_grown_in_python(heads: SequentialHeads, num_
         if not is_grown_in_c:
             made._grower = None
         torch.manual_seed(2)
-        _, plays = play(heads, [31, 2, 12])
+        _, plays = play(heads, [31, 2, 12, 9])
+        mask = Mask(VOCAB, tuple(range(0, VOCAB, 4)), (), torch.device("cpu"))  # with one: grown in Python always
         drafts = []
         for accepted in (0, 2, 1):
             for each in plays:
@@ -236,8 +237,8 @@ def test_trees_grown_in_c_are_those_grown_in_python(heads: SequentialHeads, num_
                 each.text += [5] * accepted
                 each.compute(len(each.text) - 1 - len(each.slots))
             asks = [each.ask(num_nodes, least_value=least_value) for each in plays]
-            # noise: grown in Python always
-            asks[1] = plays[1].ask(num_nodes, SamplingParams(9, temperature=0.5, seed=3), None, least_value)
+            asks[1] = plays[1].ask(num_nodes, SamplingParams(9, temperature=0.5, seed=3, choice=2), None, least_value)
+            asks[3] = plays[3].ask(num_nodes, GREEDY, mask, least_value)
             drafts.append(made.grown(asks))
         found.append(drafts)
     sizes = [len(tree) for drafts in found[0] for tree in drafts]

@@ -299,9 +299,9 @@ def test_drafts_start_from_the_last_accepted_row_with_the_verifiers_noise(
         drafted.extend(rows)
         return medusa.propose(heads, hidden, rows, ranks)
 
-    def sample(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+    def sample(logits: torch.Tensor, rows: list[Row], *, in_c: bool) -> torch.Tensor:
         first_rows.append(rows[0])
-        return sampling.sample(logits, rows)
+        return sampling.sample(logits, rows, in_c=in_c)
 
     monkeypatch.setattr("models.drafters.parallel.propose", propose)
     monkeypatch.setattr("server.engine.runner.sampling", SimpleNamespace(**{**vars(sampling), "sample": sample}))
