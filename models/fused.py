@@ -28,6 +28,7 @@ from models.drafters.growth import Chain
 from models.drafters.sequential import SequentialHeads
 from models.kernels import cpu, reference
 from models.kv_pool import KVPool
+from models.sampling import choice_key, draw_struct
 from models.tree import Guess
 
 COMMON = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM"}
@@ -211,7 +212,8 @@ class FusedSequential(FusedLayers):
         self._token_ids = heads.token_ids
         ranks = min(growth.NUM_RANKS, len(heads.token_ids))
         self._rules = cpu.RulesStruct(
-            ranks, growth.WIDTH, heads.num_heads, growth.LEAST_VALUE, growth.NEXT_RIGHT, growth.LEAST_GAIN, growth.HEARD
+            *(ranks, growth.WIDTH, heads.num_heads),
+            *(growth.LEAST_VALUE, growth.NEXT_RIGHT, growth.LEAST_GAIN, growth.HEARD, growth.NOISY_SURENESS),
         )
         head = self._linear((heads.lm_head, None))
         trunk = self._trunk(embedding.struct, heads.norm.weight, head, heads.rotary, num_positions)
@@ -278,7 +280,8 @@ def _ask_struct(chain: Chain) -> cpu.AskStruct:
     tensors = chain.context, chain.tokens, chain.slots
     sizes = chain.context.shape[0], chain.tokens.shape[0]
     limits = chain.position, chain.num_nodes, chain.max_depth, chain.least_value
-    return cpu.AskStruct(*map(cpu.address, tensors), *sizes, *limits, chain.temperature, chain.key)
+    key = choice_key(chain.params.seed, chain.params.choice) if chain.params.temperature > 0 else 0
+    return cpu.AskStruct(*map(cpu.address, tensors), *sizes, *limits, draw_struct(chain.params, key))
 
 
 def rotations(rotary: nn.Module, num_positions: int) -> tuple[Tensor, Tensor]:

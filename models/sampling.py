@@ -110,7 +110,10 @@ def sample(logits: Tensor, rows: Sequence[Row], *, in_c: bool = False) -> Tensor
     """
     logits = adjust(logits, rows)
     sampled = [i for i, row in enumerate(rows) if row.params.temperature > 0]
-    tokens = cpu.draw(logits, map(_draw_struct, rows)) if in_c and sampled else _argmax(logits)
+    if in_c and sampled:
+        tokens = cpu.draw(logits, [draw_struct(row.params, _noise_key(row)) for row in rows])
+    else:
+        tokens = _argmax(logits)
     if sampled and not in_c:
         index = torch.tensor(sampled, device=logits.device)
         tokens[index] = _draw(logits[index], [rows[i] for i in sampled])
@@ -122,9 +125,8 @@ def sample(logits: Tensor, rows: Sequence[Row], *, in_c: bool = False) -> Tensor
     return tokens
 
 
-def _draw_struct(row: Row) -> cpu.DrawStruct:
-    params = row.params
-    key = _noise_key(row) if params.temperature > 0 else 0
+def draw_struct(params: Params, key: int) -> cpu.DrawStruct:
+    """What the C kernels know of it."""
     return cpu.DrawStruct(params.temperature, params.top_p, params.min_p, params.top_k, key)
 
 
@@ -203,13 +205,17 @@ def log_distribution(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """
     scores = adjust(logits, rows)
     scaled = scores / _column([row.params.temperature or 1.0 for row in rows], scores)
+    return truncated(scaled, [row.params for row in rows]).log_softmax(-1)
+
+
+def truncated(scaled: Tensor, params: Sequence[Params]) -> Tensor:
+    """[rows, vocab] logits / temperature, -inf where min_p, top_k and top_p drop a token; greedy rows keep only one."""
     values, order = scaled.sort(dim=-1, descending=True, stable=True)
-    kept, _ = _kept(values, scaled.logsumexp(-1), rows)
-    greedy = _column([float(row.params.temperature == 0) for row in rows], scores) > 0
+    kept, _ = _kept(values, scaled.logsumexp(-1), params)
+    greedy = _column([float(own.temperature == 0) for own in params], scaled) > 0
     first = torch.arange(values.shape[-1], device=values.device) == 0
     kept = torch.where(greedy, first, kept)
-    truncated = torch.full_like(scaled, NEG_INF).scatter(-1, order, values.masked_fill(~kept, NEG_INF))
-    return truncated.log_softmax(-1)
+    return torch.full_like(scaled, NEG_INF).scatter(-1, order, values.masked_fill(~kept, NEG_INF))
 
 
 def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -244,7 +250,7 @@ def _draw_truncated(scaled: Tensor, rows: Sequence[Row], num_candidates: int = N
     """Draw among the best `num_candidates`; rows that may keep more than those are drawn again over all."""
     num_candidates = min(num_candidates, scaled.shape[-1])
     values, ids = scaled.topk(num_candidates, dim=-1)  # [rows, candidates], sorted
-    kept, is_open = _kept(values, scaled.logsumexp(-1), rows)
+    kept, is_open = _kept(values, scaled.logsumexp(-1), [row.params for row in rows])
     scores = (values + gumbel(rows, ids)).masked_fill(~kept, NEG_INF)
     tokens = ids.gather(-1, scores.argmax(-1, keepdim=True)).squeeze(-1)
     if num_candidates < scaled.shape[-1]:
@@ -255,7 +261,7 @@ def _draw_truncated(scaled: Tensor, rows: Sequence[Row], num_candidates: int = N
     return tokens
 
 
-def _kept(values: Tensor, log_total: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+def _kept(values: Tensor, log_total: Tensor, params: Sequence[Params]) -> tuple[Tensor, Tensor]:
     """Which of the sorted candidates survive min_p, then top_k, then top_p, each renormalised.
 
     values: [rows, candidates] scaled logits, descending. log_total: [rows] logsumexp over the whole vocabulary.
@@ -263,12 +269,12 @@ def _kept(values: Tensor, log_total: Tensor, rows: Sequence[Row]) -> tuple[Tenso
     [rows] bool, whether more candidates could change that.
     """
     ranks = torch.arange(values.shape[-1], device=values.device)
-    top_k = _column([float(row.params.top_k or values.shape[-1]) for row in rows], values)
-    min_p = _column([row.params.min_p for row in rows], values)
-    top_p = _column([row.params.top_p for row in rows], values)
+    top_k = _column([float(own.top_k or values.shape[-1]) for own in params], values)
+    min_p = _column([own.min_p for own in params], values)
+    top_p = _column([own.top_p for own in params], values)
     kept = (ranks < top_k) & (values >= values[:, :1] + min_p.log())
     renormalised = values.masked_fill(~kept, NEG_INF).logsumexp(-1)
-    shortened = _column([float(row.params.top_k > 0 or row.params.min_p > 0) for row in rows], values)[:, 0] > 0
+    shortened = _column([float(own.top_k > 0 or own.min_p > 0) for own in params], values)[:, 0] > 0
     total = torch.where(shortened, renormalised, log_total).unsqueeze(-1)
     probabilities = (values - total).exp()
     before = probabilities.cumsum(-1) - probabilities

@@ -15,6 +15,7 @@ from typing import Final
 
 from torch import Tensor
 
+from models.sampling import Params
 from models.tree import Guess
 
 ROOT: Final = -1
@@ -23,6 +24,7 @@ WIDTH: Final = 4  # nodes opened in one round
 LEAST_GAIN: Final = 0.06  # what a round is expected to add to the tokens of a step; less does not pay for it
 LEAST_VALUE: Final = 0.05  # of a node that is worth opening
 HEARD: Final = 0.25  # of the value that pays: guesses below are dropped before anybody compares them with the text
+NOISY_SURENESS: Final = 0.75  # of scores with noise: so much of their differences says which token will be drawn
 NEXT_RIGHT: Final = 0.5  # how often the best guess below a right node is right, roughly
 
 
@@ -38,8 +40,7 @@ class Chain:
     num_nodes: int
     max_depth: int
     least_value: float  # of a node that pays
-    temperature: float = 0.0
-    key: int = 0  # of the verifier's noise, before a position enters it
+    params: Params
 
 
 class Growth:
@@ -70,13 +71,12 @@ class Growth:
         return worthy if gain >= LEAST_GAIN else []
 
     def open(self, node: int, tokens: Sequence[int], shares: Sequence[float]) -> None:
-        """What may follow `node`, with the probabilities if it is right."""
+        """What may follow `node`, with the probabilities if it is right; of 0, it may not."""
         value, depth = (1.0, 1) if node == ROOT else (self.guesses[node].value, self._depths[node] + 1)
         self._opened.add(node)
-        self.guesses += [
-            Guess(token, node, value * share, "heads") for token, share in zip(tokens, shares, strict=True)
-        ]
-        self._depths += [depth] * len(tokens)
+        found = [Guess(t, node, value * share, "heads") for t, share in zip(tokens, shares, strict=True) if share > 0]
+        self.guesses += found
+        self._depths += [depth] * len(found)
 
     def best(self) -> list[Guess]:
         """The tree: its best nodes."""

@@ -23,12 +23,12 @@ from torch import Tensor
 from models.batch import Batch, Segment, build_batch, integers
 from models.drafters.calibration import Calibration, Offers
 from models.drafters.drafter import Ask, Ranked
-from models.drafters.growth import NUM_RANKS, ROOT, WIDTH, Chain, Growth
+from models.drafters.growth import NOISY_SURENESS, NUM_RANKS, ROOT, WIDTH, Chain, Growth
 from models.drafters.resblock import DEFAULT_ACCURACIES
 from models.drafters.sequential import SequentialHeads
 from models.kernels.gpu import runs_triton
 from models.kv_pool import KVPool
-from models.sampling import choice_key, gumbel_from_keys, noise_key
+from models.sampling import gumbel_from_keys, noise_key, truncated
 from models.tree import Guess
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class SequentialDrafter:
 
     def _catch_up(self, ask: Ask) -> Chain:
         """The rows that a request's text has more than its K and V, to be computed now."""
-        memory, root, params = self._memories[ask.request], len(ask.text) - 1, ask.row.params
+        memory, root = self._memories[ask.request], len(ask.text) - 1
         first = root - memory.count + 1  # the state before it is the oldest one kept
         slots = np.frombuffer(ask.slots, dtype=np.int64) if root else np.empty(0, dtype=np.int64)
         own, before = slots[first:root], slots[max(first - CONTEXT, 0) : first]
@@ -196,8 +196,7 @@ class SequentialDrafter:
             ask.num_nodes,
             min(ask.max_depth, self.num_heads),
             ask.least_value,
-            params.temperature,
-            choice_key(params.seed, params.choice) if params.temperature > 0 else 0,
+            ask.row.params,
         )
 
     def _plant(self, asks: Sequence[Ask]) -> list[Branch]:
@@ -262,7 +261,9 @@ class SequentialDrafter:
             branch.states[node] = state
 
     def _adjust(self, logits: Tensor, opened: Sequence[tuple[Branch, int]]) -> None:
-        """Masks and, at temperature, the verifier's own noise, in place: what is likeliest then is likeliest drawn."""
+        """Masks and, at temperature, the verifier's truncation and noise, in place: what is likeliest then is likeliest
+        drawn.
+        """
         vocab = len(self._token_ids)
         for own, (branch, node) in zip(logits[:, :vocab], opened, strict=True):
             row = branch.ask.row
@@ -272,7 +273,7 @@ class SequentialDrafter:
                 position = row.position + branch.growth.depth(node)
                 key = noise_key(row.params.seed, row.params.choice, position)
                 noise = gumbel_from_keys([key], self._token_ids, in_c=self._grower is not None)[0]
-                own.copy_(own.log_softmax(-1) / row.params.temperature + noise)
+                own.copy_((truncated(own[None] / row.params.temperature, [row.params])[0] + noise) * NOISY_SURENESS)
 
     def _take_slot(self) -> int:
         self._next_slot += 1

@@ -329,10 +329,22 @@ void medusa_draw(int threads, const float *logits, int64_t rows, int64_t width, 
     free(parts);
 }
 
+static void add_noise(int threads, Noisy *rows, int64_t count, const int64_t *tokens, int64_t vocab) {
+    Team team = {0};
+#pragma omp parallel num_threads(threads)
+    {
+        assemble(&team);
+        perturb_rows(&team, rows, count, tokens, vocab);
+    }
+}
+
 /* The noise of each key at these tokens: out [num_keys][num_tokens]. */
-void medusa_noise(const uint64_t *keys, int64_t num_keys, const int64_t *tokens, int64_t num_tokens, float *out) {
+void medusa_noise(int threads, const uint64_t *keys, int64_t num_keys, const int64_t *tokens, int64_t num_tokens, float *out) {
+    Noisy *rows = room(num_keys, sizeof *rows);
     memset(out, 0, num_keys * num_tokens * sizeof *out);
-    for (int64_t k = 0; k < num_keys; k++) perturb(out + k * num_tokens, tokens, num_tokens, 1.0f, keys[k]);
+    for (int64_t k = 0; k < num_keys; k++) rows[k] = (Noisy){out + k * num_tokens, {1.0f, 1.0f, 0.0f, 0, keys[k]}, 1.0f, 0.0f};
+    add_noise(threads, rows, num_keys, tokens, num_tokens);
+    free(rows);
 }
 
 /* Trees of a sequential drafter. states [sum of num_chain][hidden]: before each token of the chains; token_ids [vocab]:
@@ -357,6 +369,7 @@ void medusa_draft(int threads, const Drafter *drafter, const Rules *rules, const
                    room(rows * size, sizeof(float)), room(num_asks * width * outputs, sizeof(float)),
                    room(num_asks * width * rules->ranks, sizeof(float)), 0, 0};
     round.best = room(num_asks * width * rules->ranks, sizeof(int64_t));
+    Noisy *noisy = room(num_asks * width, sizeof *noisy);
     for (int64_t n = 0; n < rules->rounds; n++) {
         round.step = (Step){round.segments, 0, round.table, round.positions, round.slots, round.parents, 0};
         round.num_opened = 0;
@@ -366,13 +379,8 @@ void medusa_draft(int threads, const Drafter *drafter, const Rules *rules, const
         float *found = grove.states + grove.num_states * size;
         const Asked asked = {round.rows, round.num_opened, 0, round.num_opened, found, round.logits};
         medusa_guess(threads, drafter, &round.step, b, round.tokens, round.inputs, &asked);
-        for (int64_t k = 0; k < round.num_opened; k++) {
-            const Ask *ask = asks + round.owners[k];
-            const int64_t depth = round.nodes[k] < 0 ? 0 : grove.nodes[round.owners[k] * grove.most + round.nodes[k]].depth;
-            if (!(ask->temperature > 0)) continue;
-            const uint64_t key = position_key(ask->key, ask->position + ask->num_chain + depth);
-            perturb(round.logits + k * outputs, token_ids, vocab, ask->temperature, key);
-        }
+        const int64_t num_noisy = list_noisy(&grove, &round, outputs, noisy);
+        if (num_noisy) add_noise(threads, noisy, num_noisy, token_ids, vocab);
         medusa_best(round.logits, round.num_opened, outputs, vocab, rules->ranks, 1.0f, round.best, round.shares);
         for (int64_t k = 0; k < round.num_opened; k++) {
             const int64_t i = round.owners[k], node = round.nodes[k];
@@ -382,7 +390,7 @@ void medusa_draft(int threads, const Drafter *drafter, const Rules *rules, const
     }
     harvest(&grove, tokens, parents, values, counts);
     void *all[] = {grove.counts, grove.root_states, grove.nodes, grove.states, places, round.segments, round.parents,
-                   round.inputs, round.logits, round.shares, round.best};
+                   round.inputs, round.logits, round.shares, round.best, noisy};
     for (uint64_t k = 0; k < sizeof all / sizeof *all; k++) free(all[k]);
 }
 

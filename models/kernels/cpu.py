@@ -125,6 +125,17 @@ class RulesStruct(Structure):
         ("next_right", c_float),
         ("least_gain", c_float),
         ("heard", c_float),
+        ("noisy_sureness", c_float),
+    )
+
+
+class DrawStruct(Structure):
+    _fields_ = (
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("min_p", c_float),
+        ("top_k", c_int32),
+        ("key", c_int64),
     )
 
 
@@ -139,18 +150,7 @@ class AskStruct(Structure):
         ("num_nodes", c_int64),
         ("max_depth", c_int64),
         ("least_value", c_float),
-        ("temperature", c_float),
-        ("key", c_int64),
-    )
-
-
-class DrawStruct(Structure):
-    _fields_ = (
-        ("temperature", c_float),
-        ("top_p", c_float),
-        ("min_p", c_float),
-        ("top_k", c_int32),
-        ("key", c_int64),
+        ("draw", DrawStruct),
     )
 
 
@@ -314,7 +314,7 @@ def noise(keys: Sequence[int], tokens: Tensor) -> Tensor:
     """Gumbel noise of each key at `tokens` [tokens] int64: [keys, tokens]."""
     out = torch.empty(len(keys), len(tokens))
     own = (c_int64 * len(keys))(*keys)
-    kernels().medusa_noise(own, c_int64(len(keys)), address(tokens), c_int64(len(tokens)), address(out))
+    call("medusa_noise", own, c_int64(len(keys)), address(tokens), c_int64(len(tokens)), address(out))
     return out
 
 

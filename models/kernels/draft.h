@@ -6,10 +6,12 @@
 #ifndef MEDUSA_DRAFT_H
 #define MEDUSA_DRAFT_H
 
+#include "draw.h"
+
 /* How trees grow; the values are Python's. */
 typedef struct {
     int64_t ranks, width, rounds; /* guesses below a node; nodes opened in a round; rounds at most, the root's included */
-    float least_value, next_right, least_gain, heard;
+    float least_value, next_right, least_gain, heard, noisy_sureness;
 } Rules;
 
 /* One request: the tokens that the layer has not seen, the root last, and what is asked for. */
@@ -19,8 +21,7 @@ typedef struct {
     int64_t num_context, num_chain, position; /* of the first of them */
     int64_t num_nodes, max_depth;
     float least_value; /* of a node that pays */
-    float temperature; /* 0: guesses are the likeliest tokens; else with the verifier's noise */
-    uint64_t key;      /* of that noise, before a position enters it */
+    Draw draw; /* how the verifier draws; the key without a position */
 } Ask;
 
 typedef struct {
@@ -91,7 +92,7 @@ static void open_node(Grove *grove, int64_t request, int64_t node, const int64_t
     Node *nodes = grove->nodes + request * grove->most;
     const float value = node < 0 ? 1.0f : nodes[node].value;
     const int64_t depth = node < 0 ? 1 : nodes[node].depth + 1;
-    for (int64_t k = 0; k < grove->rules->ranks; k++)
+    for (int64_t k = 0; k < grove->rules->ranks && shares[k] > 0.0f; k++)
         nodes[grove->counts[request]++] = (Node){ids[best[k]], node, depth, 0, 0, value * shares[k]};
 }
 
@@ -166,6 +167,20 @@ static void sprout(Grove *grove, Round *round, int64_t size) {
             round->nodes[round->num_opened++] = chosen[k];
         }
     }
+}
+
+/* The opened rows whose guesses are drawn with noise. Returns how many there are. */
+static int64_t list_noisy(const Grove *grove, const Round *round, int64_t width, Noisy *noisy) {
+    int64_t count = 0;
+    for (int64_t k = 0; k < round->num_opened; k++) {
+        const int64_t i = round->owners[k], node = round->nodes[k];
+        const Ask *ask = grove->asks + i;
+        const int64_t depth = node < 0 ? 0 : grove->nodes[i * grove->most + node].depth;
+        if (!(ask->draw.temperature > 0)) continue;
+        noisy[count] = (Noisy){round->logits + k * width, ask->draw, grove->rules->noisy_sureness, 0.0f};
+        noisy[count++].draw.key = position_key(ask->draw.key, ask->position + ask->num_chain + depth);
+    }
+    return count;
 }
 
 /* The best nodes of each request as a tree: [sum of num_nodes] each, counts [asks]. */

@@ -75,13 +75,16 @@ INLINE floats gumbel_at_most(floats u) {
     return 0.01f - __builtin_convertvector((ints)u - 0x3f800000, floats) * (0.69314718f * 0x1p-23f);
 }
 
-/* Scores `first` to `first` + LANES of a row; behind its end, minus infinity. */
-INLINE floats scores_at(const float *logits, int64_t first, int64_t vocab, float temperature) {
+/* Logits `first` to `first` + LANES of a row times `sharpness`; behind its end, minus infinity. */
+INLINE floats scores_at(const float *logits, int64_t first, int64_t vocab, float sharpness) {
+    if (first + LANES <= vocab) return load(logits + first) * sharpness;
     floats v = splat(-INFINITY);
-    if (first + LANES <= vocab) v = load(logits + first);
-    else memcpy(&v, logits + first, (vocab - first) * sizeof *logits);
-    return temperature > 0 ? v / temperature : v;
+    memcpy(&v, logits + first, (vocab - first) * sizeof *logits);
+    return v * sharpness;
 }
+
+/* 1 / temperature; of none, 1. */
+INLINE float sharpness_of(float temperature) { return temperature > 0 ? 1.0f / temperature : 1.0f; }
 
 INLINE longs steps_from(int64_t first) {
     longs steps;
@@ -91,15 +94,16 @@ INLINE longs steps_from(int64_t first) {
 
 /* The best token of a part, the first of equals. */
 INLINE Part best_of(const float *logits, int64_t first, int64_t end, int64_t vocab, const Draw *draw, const int is_noisy) {
+    const float sharpness = sharpness_of(draw->temperature);
     floats best = splat(-INFINITY), bar = best;
     ints tokens = {0}, here;
     longs steps = steps_from(first) + draw->key;
     for (int lane = 0; lane < LANES; lane++) here[lane] = (int32_t)first + lane;
     for (int64_t i = first; i < end; i += LANES, here += LANES, steps += (uint64_t)LANES * GOLDEN) {
-        floats v = scores_at(logits, i, vocab, is_noisy ? draw->temperature : 0.0f);
+        floats v = scores_at(logits, i, vocab, sharpness);
         if (is_noisy) {
             const floats u = uniform(&steps);
-            if (max_of(v + gumbel_at_most(u) - bar) < 0.0f) continue; /* as nearly always: spare the logarithms */
+            if (!any_of(v + gumbel_at_most(u) >= bar)) continue; /* as nearly always: spare the logarithms */
             v += gumbel(u);
         }
         const ints is_better = v > best;
@@ -114,12 +118,12 @@ INLINE Part best_of(const float *logits, int64_t first, int64_t end, int64_t voc
     return part;
 }
 
-static Part mass_of(const float *logits, int64_t first, int64_t end, int64_t vocab, float temperature) {
+static Part mass_of(const float *logits, int64_t first, int64_t end, int64_t vocab, float sharpness) {
     floats most = splat(-INFINITY), sum = splat(0.0f);
-    for (int64_t i = first; i < end; i += LANES) most = larger(scores_at(logits, i, vocab, temperature), most);
+    for (int64_t i = first; i < end; i += LANES) most = larger(scores_at(logits, i, vocab, sharpness), most);
     const float best = max_of(most);
     for (int64_t i = first; i < end && best > -INFINITY; i += LANES)
-        sum += exponential(scores_at(logits, i, vocab, temperature) - best);
+        sum += exponential(scores_at(logits, i, vocab, sharpness) - best);
     return (Part){best, sum_of(sum), 0};
 }
 
@@ -129,7 +133,7 @@ static int is_truncated(const Draw *draw) {
 
 static Part look_at(const float *logits, int64_t first, int64_t vocab, const Draw *draw) {
     const int64_t end = first + PART < vocab ? first + PART : vocab;
-    if (is_truncated(draw)) return mass_of(logits, first, end, vocab, draw->temperature);
+    if (is_truncated(draw)) return mass_of(logits, first, end, vocab, sharpness_of(draw->temperature));
     return draw->temperature > 0 ? best_of(logits, first, end, vocab, draw, 1) : best_of(logits, first, end, vocab, draw, 0);
 }
 
@@ -140,10 +144,10 @@ static int by_score(const void *a, const void *b) {
 }
 
 /* All tokens with at least this score, in any order. */
-static int64_t collect(const float *logits, int64_t vocab, float temperature, float least, Candidate *found) {
+static int64_t collect(const float *logits, int64_t vocab, float sharpness, float least, Candidate *found) {
     int64_t count = 0;
     for (int64_t i = 0; i < vocab; i += LANES) {
-        const floats v = scores_at(logits, i, vocab, temperature);
+        const floats v = scores_at(logits, i, vocab, sharpness);
         if (max_of(v) < least) continue;
         for (int lane = 0; lane < LANES && i + lane < vocab; lane++)
             if (v[lane] >= least) found[count++] = (Candidate){v[lane], (int32_t)(i + lane)};
@@ -168,7 +172,7 @@ static int64_t keep_best(const float *logits, int64_t vocab, const Draw *draw, f
     for (float depth = 8.0f, least = best; ; depth += 4.0f) { /* usually few tokens are near the best one */
         least = depth < 88.0f ? best - depth : -INFINITY;
         least = least > worst ? least : worst;
-        count = collect(logits, vocab, draw->temperature, least, found);
+        count = collect(logits, vocab, sharpness_of(draw->temperature), least, found);
         if (least <= worst || (draw->top_k > 0 && count >= draw->top_k)) break;
         if (!is_cut && sum_shares(found, count, best) >= draw->top_p * total) break;
     }
@@ -220,14 +224,49 @@ static int64_t decide(const float *logits, int64_t vocab, const Draw *draw, cons
     return best->token;
 }
 
-/* Scores of a drafter's tokens with the verifier's noise, in place: what is likeliest then is likeliest drawn. */
-static void perturb(float *scores, const int64_t *tokens, int64_t vocab, float temperature, uint64_t key) {
-    for (int64_t i = 0; i < vocab; i += LANES) {
+/* A row of a drafter's scores that is to have the verifier's noise: what is likeliest then is likeliest drawn. */
+typedef struct {
+    float *scores; /* replaced */
+    Draw draw;
+    float sureness; /* what the sum is multiplied by */
+    float least;    /* score at the temperature below which nothing is drawn */
+} Noisy;
+
+/* The score of the last token that the row's draw would keep. */
+static float least_kept(const float *logits, int64_t vocab, const Draw *draw) {
+    if (!is_truncated(draw)) return -INFINITY;
+    const Part all = mass_of(logits, 0, vocab, vocab, sharpness_of(draw->temperature));
+    if (!(all.best > -INFINITY)) return -INFINITY;
+    Candidate *found = room(vocab, sizeof *found);
+    const float least = found[keep_best(logits, vocab, draw, all.best, all.sum, found) - 1].score;
+    free(found);
+    return least;
+}
+
+static void perturb(const Noisy *row, const int64_t *tokens, int64_t first, int64_t end) {
+    const float sharpness = sharpness_of(row->draw.temperature);
+    for (int64_t i = first; i < end; i += LANES) {
+        const int64_t here = i + LANES <= end ? LANES : end - i;
         longs steps = {0};
-        for (int lane = 0; lane < LANES && i + lane < vocab; lane++) steps[lane] = (uint64_t)tokens[i + lane] * GOLDEN + key;
-        const floats v = scores_at(scores, i, vocab, temperature) + gumbel(uniform(&steps));
-        memcpy(scores + i, &v, (i + LANES <= vocab ? LANES : vocab - i) * sizeof *scores);
+        memcpy(&steps, tokens + i, here * sizeof *tokens);
+        steps = steps * GOLDEN + row->draw.key;
+        const floats score = scores_at(row->scores, i, end, sharpness);
+        const floats noisy = (score + gumbel(uniform(&steps))) * row->sureness;
+        const floats v = choose(score < row->least, splat(-INFINITY), noisy);
+        memcpy(row->scores + i, &v, here * sizeof *row->scores);
     }
+}
+
+/* Two stages: what is kept of each row, then its noise. */
+static void perturb_rows(Team *team, Noisy *rows, int64_t count, const int64_t *tokens, int64_t vocab) {
+    const int64_t piece = 2048, pieces = (vocab + piece - 1) / piece;
+    for (int64_t i; (i = take(team, 1)) < count;) rows[i].least = least_kept(rows[i].scores, vocab, &rows[i].draw);
+    meet(team);
+    for (int64_t i; (i = take(team, 1)) < count * pieces;) {
+        const int64_t first = i % pieces * piece, end = first + piece < vocab ? first + piece : vocab;
+        perturb(rows + i / pieces, tokens, first, end);
+    }
+    meet(team);
 }
 
 #endif

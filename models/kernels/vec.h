@@ -53,6 +53,19 @@ INLINE floats larger(floats a, floats b) {
 #endif
 }
 
+/* Whether any lane of a comparison is true. */
+INLINE int any_of(ints mask) {
+#if LANES == 16
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif LANES == 8
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    int32_t any = 0;
+    for (int lane = 0; lane < LANES; lane++) any |= mask[lane];
+    return any != 0;
+#endif
+}
+
 INLINE floats magnitude(floats v) { return (floats)((ints)v & 0x7fffffff); }
 
 /* Shuffles: EACH(f, w) lists f(lane, w) for all lanes. */

@@ -192,7 +192,7 @@ def test_a_mask_holds_and_noise_is_the_verifiers(heads: SequentialHeads) -> None
     allowed = torch.arange(0, VOCAB, 4)
     logits = log_shares(heads, each.text, each.states[:6], [])
     logits = torch.where(torch.isin(heads.token_ids, allowed), logits, -torch.inf).log_softmax(-1)
-    noisy = logits / 0.7 + gumbel_from_keys([noise_key(5, 0, 7)], heads.token_ids)[0]
+    noisy = 0.75 * (logits / 0.7 + gumbel_from_keys([noise_key(5, 0, 7)], heads.token_ids)[0])
     first = [guess for guess in guesses if guess.parent < 0]
     best = noisy.softmax(-1).topk(len(first))
     assert len(first) > 2
@@ -215,7 +215,7 @@ def test_the_kernel_agrees_with_torch(heads: SequentialHeads) -> None:
         asks = [each.ask(params=params) for each in plays]
         for mine, theirs in zip(made.ranked(asks), packed.ranked(asks), strict=True):
             assert set(mine.tokens[0][:3]) == set(theirs.tokens[0][:3])  # its rows are rounded
-            assert mine.probabilities[0] == pytest.approx(theirs.probabilities[0], abs=0.08)
+            assert mine.probabilities[0] == pytest.approx(theirs.probabilities[0], abs=0.1)  # a bucket wide
 
 
 @pytest.mark.parametrize("least_value", [0.0, 0.2])
@@ -238,6 +238,7 @@ def test_trees_grown_in_c_are_those_grown_in_python(heads: SequentialHeads, num_
                 each.compute(len(each.text) - 1 - len(each.slots))
             asks = [each.ask(num_nodes, least_value=least_value) for each in plays]
             asks[1] = plays[1].ask(num_nodes, SamplingParams(9, temperature=0.5, seed=3, choice=2), None, least_value)
+            asks[2] = plays[2].ask(num_nodes, SamplingParams(9, temperature=1.5, top_p=0.9, top_k=6), None, least_value)
             asks[3] = plays[3].ask(num_nodes, GREEDY, mask, least_value)
             drafts.append(made.grown(asks))
         found.append(drafts)

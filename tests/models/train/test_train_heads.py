@@ -209,9 +209,26 @@ def test_a_sequential_drafter_is_trained_resumed_and_evaluated(
     assert "per second" not in printed  # nobody was there to measure
 
 
+@pytest.mark.parametrize("design", [["--design", "resblock", "--num-layers", "2"], SEQUENTIAL])
+def test_heads_go_on_from_given_ones(command: list[str], tmp_path: Path, design: list[str]) -> None:
+    assert heads.main([*command, *design]) == 0
+    first, again = tmp_path / "heads", tmp_path / "again"
+    data = [*command[:3], "--device", "cpu", "--validation-fraction", "0.3", "--batch-size", "256", "--epochs", "1"]
+    assert heads.main([*data, "--lr", "0.001", "--init", str(first), "--output", str(again)]) == 0
+    before, after = (json.loads((folder / "config.json").read_text())["training"] for folder in (first, again))
+    assert after["losses"][0] < before["losses"][0]  # of a first epoch
+    assert after["held_out_tau_8_nodes"][0] > before["held_out_tau_8_nodes"][0]
+    assert (before["positions_before"], after["positions_before"]) == (0, before["positions"])
+    assert torch.equal(*(load_file(folder / WEIGHTS_NAME)["token_map"] for folder in (first, again)))
+    card = (again / "README.md").read_text()
+    assert "--init heads" in card
+    assert f"after {before['positions']} that" in card
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--init", "absent", "--num-layers", "2"], "leave --design, --num-heads,"),
         (["--design", "sequential", "--num-layers", "2"], "has one layer"),
         (["--quantization", "int8", "--device", "meta"], "is for --device cpu"),
         (["--design", "sequential", "--features", "low,mid,last"], "sees the last state"),
