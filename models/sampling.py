@@ -109,14 +109,14 @@ def sample(logits: Tensor, rows: Sequence[Row], *, in_c: bool = False) -> Tensor
     logits: [rows, vocab] float32, raw; unchanged. Returns [rows] int64.
     """
     logits = adjust(logits, rows)
-    sampled = [i for i, row in enumerate(rows) if row.params.temperature > 0]
-    if in_c and sampled:
+    if in_c:
         tokens = cpu.draw(logits, [draw_struct(row.params, _noise_key(row)) for row in rows])
     else:
         tokens = _argmax(logits)
-    if sampled and not in_c:
-        index = torch.tensor(sampled, device=logits.device)
-        tokens[index] = _draw(logits[index], [rows[i] for i in sampled])
+        sampled = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+        if sampled:
+            index = torch.tensor(sampled, device=logits.device)
+            tokens[index] = _draw(logits[index], [rows[i] for i in sampled])
     masked = [i for i, row in enumerate(rows) if row.mask is not None or row.grammar_mask is not None]
     if masked:
         index = torch.tensor(masked, device=logits.device)
@@ -221,8 +221,8 @@ def truncated(scaled: Tensor, params: Sequence[Params]) -> Tensor:
 def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """[rows, vocab] adjusted logits of rows with temperature > 0 -> [rows] tokens."""
     scaled = logits / _column([row.params.temperature for row in rows], logits)
-    whole = [i for i, row in enumerate(rows) if not _is_truncated(row.params)]
-    part = [i for i, row in enumerate(rows) if _is_truncated(row.params)]
+    whole = [i for i, row in enumerate(rows) if not is_truncated(row.params)]
+    part = [i for i, row in enumerate(rows) if is_truncated(row.params)]
     tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
     if whole:
         index = torch.tensor(whole, device=logits.device)
@@ -242,7 +242,8 @@ def _draw_whole(scaled: Tensor, rows: Sequence[Row]) -> Tensor:
     return (scaled + gumbel(rows, torch.arange(scaled.shape[-1], device=scaled.device))).argmax(-1)
 
 
-def _is_truncated(params: Params) -> bool:
+def is_truncated(params: Params) -> bool:
+    """Does top_p, top_k or min_p apply?"""
     return params.top_p < 1.0 or params.top_k > 0 or params.min_p > 0.0
 
 
@@ -342,7 +343,9 @@ def _mix_int(x: int) -> int:
 
 
 def _noise_key(row: Row) -> int:
-    return noise_key(row.params.seed, row.params.choice, row.position)
+    """Greedy rows need none."""
+    params = row.params
+    return noise_key(params.seed, params.choice, row.position) if params.temperature > 0 else 0
 
 
 def noise_key(seed: int, choice: int, position: int) -> int:

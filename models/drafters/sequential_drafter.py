@@ -28,7 +28,7 @@ from models.drafters.resblock import DEFAULT_ACCURACIES
 from models.drafters.sequential import SequentialHeads
 from models.kernels.gpu import runs_triton
 from models.kv_pool import KVPool
-from models.sampling import gumbel_from_keys, noise_key, truncated
+from models.sampling import gumbel_from_keys, is_truncated, noise_key, truncated
 from models.tree import Guess
 
 if TYPE_CHECKING:
@@ -273,7 +273,10 @@ class SequentialDrafter:
                 position = row.position + branch.growth.depth(node)
                 key = noise_key(row.params.seed, row.params.choice, position)
                 noise = gumbel_from_keys([key], self._token_ids, in_c=self._grower is not None)[0]
-                own.copy_((truncated(own[None] / row.params.temperature, [row.params])[0] + noise) * NOISY_SURENESS)
+                scaled = own / row.params.temperature
+                if is_truncated(row.params):
+                    scaled = truncated(scaled[None], [row.params])[0]
+                own.copy_((scaled + noise) * NOISY_SURENESS)
 
     def _take_slot(self) -> int:
         self._next_slot += 1

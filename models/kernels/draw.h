@@ -83,8 +83,8 @@ INLINE floats scores_at(const float *logits, int64_t first, int64_t vocab, float
     return v * sharpness;
 }
 
-/* 1 / temperature; of none, 1. */
-INLINE float sharpness_of(float temperature) { return temperature > 0 ? 1.0f / temperature : 1.0f; }
+/* 1 / temperature, as far as products with it stay finite; of none, 1. */
+INLINE float sharpness_of(float temperature) { return temperature > 1e-30f ? 1.0f / temperature : temperature > 0 ? 1e30f : 1.0f; }
 
 INLINE longs steps_from(int64_t first) {
     longs steps;

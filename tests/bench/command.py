@@ -35,6 +35,17 @@ def add_options(parser: argparse.ArgumentParser, concurrencies: tuple[int, ...])
     parser.add_argument("rest", nargs="*", help="after --: further arguments of `medusa-serve serve`")
 
 
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How tokens are drawn; with one seed, so that every side writes the same text."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the answers (0: greedy)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="the likeliest tokens that have this probability (1)")
+
+
+def sampling(options: argparse.Namespace) -> dict[str, object]:
+    """The same as fields of a request."""
+    return {"temperature": options.temperature, "top_p": options.top_p, "seed": 1}
+
+
 def integers(text: str) -> tuple[int, ...]:
     """'1,2,4' as (1, 2, 4), each at least 1."""
     values = tuple(int(part) for part in text.split(","))

@@ -32,7 +32,7 @@ from models.train.machine import this_machine
 from server.engine.controller import bucket, bucket_name
 from tests.bench import jump, report
 from tests.bench.client import BenchError, Side
-from tests.bench.command import add_options, collect, end_orderly, output, progress, write
+from tests.bench.command import add_options, add_sampling, collect, end_orderly, output, progress, write
 from tests.bench.launch import Program, ours, serving
 from tests.bench.measure import Round, measure
 from tests.bench.random_heads import write_random_heads
@@ -102,6 +102,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jump", action="store_true", help="at the end let a crowd come and go")
     parser.add_argument("--requests", type=int, default=2, help="of each stream and round (2); 4 a round at least")
     add_options(parser, LEVELS)
+    add_sampling(parser)
     options = parser.parse_args(arguments)
     if options.random_heads and options.heads:
         parser.error("--random-heads stands for --heads: name one of them")
@@ -131,7 +132,7 @@ def program(options: argparse.Namespace, heads: str | None) -> Program:
 def field(port: int, options: argparse.Namespace) -> list[Side]:
     """Plain decoding first. Where answers may be short, they are never empty."""
     least = {"min_tokens": min(LEAST_ANSWER, options.max_tokens)} if options.mixed else {}
-    return [replace(side, extra={**side.extra, **least}) for side in sides(port, options.nodes)]
+    return [replace(side, extra={**side.extra, **least}) for side in sides(port, options)]
 
 
 async def measured(field: Sequence[Side], options: argparse.Namespace) -> Found:

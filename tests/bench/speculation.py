@@ -18,7 +18,7 @@ import httpx
 from models.train.machine import this_machine
 from tests.bench import report
 from tests.bench.client import BenchError, Side, served_model
-from tests.bench.command import add_options, collect, end_orderly, output, write
+from tests.bench.command import add_options, add_sampling, collect, end_orderly, output, sampling, write
 from tests.bench.launch import ours, serving
 from tests.bench.measure import Round, measure
 from tests.bench.workload import Plan, read_prompts
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end_orderly()
     try:
         with server(options) as port:
-            rounds = asyncio.run(collect(measure(sides(port, options.nodes), plan(options))))
+            rounds = asyncio.run(collect(measure(sides(port, options), plan(options))))
     except (BenchError, httpx.HTTPError, OSError) as error:
         sys.exit(f"bench: {str(error) or type(error).__name__}")
     publish(rounds, options.json)
@@ -43,6 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="folder, hub id or GGUF file; the default model if left out")
     parser.add_argument("--port", type=int, help="measure the server that already listens on this port of 127.0.0.1")
     add_options(parser, (1, 4, 16))
+    add_sampling(parser)
     return parser.parse_args(arguments)
 
 
@@ -63,12 +64,13 @@ def server(options: argparse.Namespace) -> Iterator[int]:
         yield started.port
 
 
-def sides(port: int, nodes: Sequence[int]) -> list[Side]:
+def sides(port: int, options: argparse.Namespace) -> list[Side]:
     """Plain decoding first; then Medusa as the server is set, or once per tree size."""
     model = served_model(port)
-    trees = {f"medusa, {n} nodes": {"mode": "lossless", "max_nodes": n} for n in nodes}
+    trees = {f"medusa, {n} nodes": {"mode": "lossless", "max_nodes": n} for n in options.nodes}
     speculations = {PLAIN: {"mode": "off"}, **(trees or {"medusa": {"mode": "lossless"}})}
-    return [Side(name, port, model, {"speculation": options}) for name, options in speculations.items()]
+    fields = sampling(options)
+    return [Side(name, port, model, {**fields, "speculation": mode}) for name, mode in speculations.items()]
 
 
 def publish(rounds: Sequence[Round], path: Path | None) -> None:

@@ -12,6 +12,7 @@ from tests.bench.speculation import main
 
 def test_the_command_compares_tree_sizes_with_plain_decoding(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--nodes", "2,8", "--concurrency", "1,2", "--rounds", "1", "--json", str(tmp_path / "bench.json")]
+    options += ["--temperature", "0.7", "--top-p", "0.9"]
     with fake_server() as (port, bodies):
         main(["--port", str(port), *options])
     written = json.loads((tmp_path / "bench.json").read_text())
@@ -20,6 +21,7 @@ def test_the_command_compares_tree_sizes_with_plain_decoding(tmp_path, capsys: p
     ]
     assert {body["model"] for body in bodies} == {"served"}
     assert {body["speculation"].get("max_nodes") for body in bodies} == {None, 2, 8}
+    assert {(body["temperature"], body["top_p"], body["seed"]) for body in bodies} == {(0.7, 0.9, 1)}
     output = capsys.readouterr().out
     assert written["machine"]["cpu"] in output
     assert "| medusa, 8 nodes |" in output

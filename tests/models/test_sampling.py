@@ -103,6 +103,15 @@ def test_rows_that_keep_more_than_the_candidates_are_drawn_over_all(monkeypatch:
     assert len(set(whole.tolist())) > 4
 
 
+def test_top_p_is_a_share_of_all_that_top_k_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where that is more than the candidates."""
+    raw = logits(64, seed=4) * 0.1
+    rows = [row(SamplingParams(9, top_k=30, top_p=0.5), position=i) for i in range(64)]
+    whole = sample(raw, rows)
+    monkeypatch.setattr(sampling._draw_truncated, "__defaults__", (20,))
+    assert torch.equal(sample(raw, rows), whole)
+
+
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     raw = logits(len(SETTINGS), seed=3)
     rows = [row(params, position=50 + i) for i, params in enumerate(SETTINGS.values())]
