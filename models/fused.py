@@ -213,7 +213,8 @@ class FusedSequential(FusedLayers):
         ranks = min(growth.NUM_RANKS, len(heads.token_ids))
         self._rules = cpu.RulesStruct(
             *(ranks, growth.WIDTH, heads.num_heads),
-            *(growth.LEAST_VALUE, growth.NEXT_RIGHT, growth.LEAST_GAIN, growth.HEARD, growth.NOISY_SURENESS),
+            *(growth.LEAST_VALUE, growth.NEXT_RIGHT, growth.LEAST_GAIN, growth.HEARD),
+            *(growth.NOISY_SURENESS, growth.OUTSIDE),
         )
         head = self._linear((heads.lm_head, None))
         trunk = self._trunk(embedding.struct, heads.norm.weight, head, heads.rotary, num_positions)

@@ -307,7 +307,7 @@ def gumbel_from_keys(keys: Sequence[int], tokens: Tensor, *, in_c: bool = False)
     """float32 noise, a hash of (key, token id) and nothing else: the same on every device and in every batch shape.
 
     tokens: [tokens]. Returns [keys, tokens]; one key at a time, so that the 64-bit hashes stay in the cache. `in_c`: by
-    the C kernel, whose logarithms may differ from torch's in the last bit.
+    the C kernel, whose uniform numbers and logarithms may differ from torch's in the last bit.
     """
     if in_c:
         return cpu.noise(keys, tokens)

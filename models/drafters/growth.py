@@ -25,6 +25,7 @@ LEAST_GAIN: Final = 0.06  # what a round is expected to add to the tokens of a s
 LEAST_VALUE: Final = 0.05  # of a node that is worth opening
 HEARD: Final = 0.25  # of the value that pays: guesses below are dropped before anybody compares them with the text
 NOISY_SURENESS: Final = 0.75  # of scores with noise: so much of their differences says which token will be drawn
+OUTSIDE: Final = 3.0  # what scores lose of tokens that truncation would drop, if the verifier's were the same
 NEXT_RIGHT: Final = 0.5  # how often the best guess below a right node is right, roughly
 
 

@@ -23,11 +23,12 @@ from torch import Tensor
 from models.batch import Batch, Segment, build_batch, integers
 from models.drafters.calibration import Calibration, Offers
 from models.drafters.drafter import Ask, Ranked
-from models.drafters.growth import NOISY_SURENESS, NUM_RANKS, ROOT, WIDTH, Chain, Growth
+from models.drafters.growth import NOISY_SURENESS, NUM_RANKS, OUTSIDE, ROOT, WIDTH, Chain, Growth
 from models.drafters.resblock import DEFAULT_ACCURACIES
 from models.drafters.sequential import SequentialHeads
 from models.kernels.gpu import runs_triton
 from models.kv_pool import KVPool
+from models.masks import NEG_INF
 from models.sampling import gumbel_from_keys, is_truncated, noise_key, truncated
 from models.tree import Guess
 
@@ -52,7 +53,7 @@ class Guesser(Protocol):
 
 @runtime_checkable
 class Grower(Protocol):
-    """Can do even more: grow whole trees, if all that counts is which tokens are likeliest."""
+    """Can do even more: grow whole trees, of requests without masks."""
 
     def draft(self, chains: Sequence[Chain], pool: KVPool, scratch: int) -> list[list[Guess]]:
         """The best guesses of each chain; slots of the pool from `scratch` on are free."""
@@ -275,7 +276,8 @@ class SequentialDrafter:
                 noise = gumbel_from_keys([key], self._token_ids, in_c=self._grower is not None)[0]
                 scaled = own / row.params.temperature
                 if is_truncated(row.params):
-                    scaled = truncated(scaled[None], [row.params])[0]
+                    kept = truncated(scaled[None], [row.params])[0]
+                    scaled = torch.where(kept == NEG_INF, scaled - OUTSIDE, scaled)
                 own.copy_((scaled + noise) * NOISY_SURENESS)
 
     def _take_slot(self) -> int:

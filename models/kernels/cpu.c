@@ -1,4 +1,5 @@
-/* What Python calls (models.kernels.cpu): linear layers, attention, and a whole model of the common shape.
+/* What Python calls (models.kernels.cpu): linear layers, attention, a whole model of the common shape, a drafter's trees,
+ * and drawing.
  *
  * Each call is one parallel region; its threads go through the stages together. Buffers are the caller's, none is kept.
  */
@@ -313,14 +314,14 @@ void medusa_best(const float *scores, int64_t rows, int64_t width, int64_t vocab
 /* A token for each row of logits [rows][width], of which `vocab` count. */
 void medusa_draw(int threads, const float *logits, int64_t rows, int64_t width, int64_t vocab, const Draw *draws,
                  int64_t *tokens) {
-    const int64_t num_parts = (vocab + PART - 1) / PART;
+    const int64_t num_parts = (vocab + SPAN - 1) / SPAN;
     Part *parts = room(rows * num_parts, sizeof(Part));
     Team team = {0};
 #pragma omp parallel num_threads(threads)
     {
         assemble(&team);
         for (int64_t i; (i = take(&team, 1)) < rows * num_parts;)
-            parts[i] = look_at(logits + i / num_parts * width, i % num_parts * PART, vocab, draws + i / num_parts);
+            parts[i] = look_at(logits + i / num_parts * width, i % num_parts * SPAN, vocab, draws + i / num_parts);
         meet(&team);
         for (int64_t row; (row = take(&team, 1)) < rows;)
             tokens[row] = decide(logits + row * width, vocab, draws + row, parts + row * num_parts, num_parts);
@@ -342,7 +343,7 @@ static void add_noise(int threads, Noisy *rows, int64_t count, const int64_t *to
 void medusa_noise(int threads, const uint64_t *keys, int64_t num_keys, const int64_t *tokens, int64_t num_tokens, float *out) {
     Noisy *rows = room(num_keys, sizeof *rows);
     memset(out, 0, num_keys * num_tokens * sizeof *out);
-    for (int64_t k = 0; k < num_keys; k++) rows[k] = (Noisy){out + k * num_tokens, {1.0f, 1.0f, 0.0f, 0, keys[k]}, 1.0f, 0.0f};
+    for (int64_t k = 0; k < num_keys; k++) rows[k] = (Noisy){out + k * num_tokens, {1.0f, 1.0f, 0.0f, 0, keys[k]}, 1.0f, 0.0f, 0.0f};
     add_noise(threads, rows, num_keys, tokens, num_tokens);
     free(rows);
 }

@@ -126,6 +126,7 @@ class RulesStruct(Structure):
         ("least_gain", c_float),
         ("heard", c_float),
         ("noisy_sureness", c_float),
+        ("outside", c_float),
     )
 
 

@@ -11,7 +11,7 @@
 /* How trees grow; the values are Python's. */
 typedef struct {
     int64_t ranks, width, rounds; /* guesses below a node; nodes opened in a round; rounds at most, the root's included */
-    float least_value, next_right, least_gain, heard, noisy_sureness;
+    float least_value, next_right, least_gain, heard, noisy_sureness, outside;
 } Rules;
 
 /* One request: the tokens that the layer has not seen, the root last, and what is asked for. */
@@ -177,7 +177,7 @@ static int64_t list_noisy(const Grove *grove, const Round *round, int64_t width,
         const Ask *ask = grove->asks + i;
         const int64_t depth = node < 0 ? 0 : grove->nodes[i * grove->most + node].depth;
         if (!(ask->draw.temperature > 0)) continue;
-        noisy[count] = (Noisy){round->logits + k * width, ask->draw, grove->rules->noisy_sureness, 0.0f};
+        noisy[count] = (Noisy){round->logits + k * width, ask->draw, grove->rules->noisy_sureness, 0.0f, grove->rules->outside};
         noisy[count++].draw.key = position_key(ask->draw.key, ask->position + ask->num_chain + depth);
     }
     return count;

@@ -12,7 +12,8 @@
 #include "vec.h"
 
 #define GOLDEN 0x9E3779B97F4A7C15u
-#define PART 8192 /* tokens of a row that one thread looks at in one go */
+#define SPAN 8192    /* tokens of a row that one thread looks at in one go */
+#define DEEPEST 48.0f /* noise lies between -3 and 38: a score that much below the best one never wins, and e^-48 is no mass */
 
 typedef uint64_t longs __attribute__((vector_size(8 * LANES)));
 
@@ -42,9 +43,11 @@ typedef struct {
 
 /* splitmix64's finaliser (Steele et al., OOPSLA 2014). */
 #define MIX(x) \
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u; \
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu; \
-    x ^= x >> 31
+    do { \
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u; \
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EBu; \
+        x ^= x >> 31; \
+    } while (0)
 
 /* models.sampling.noise_key, of a key that has its seed and choice. */
 INLINE uint64_t position_key(uint64_t key, int64_t position) {
@@ -132,7 +135,7 @@ static int is_truncated(const Draw *draw) {
 }
 
 static Part look_at(const float *logits, int64_t first, int64_t vocab, const Draw *draw) {
-    const int64_t end = first + PART < vocab ? first + PART : vocab;
+    const int64_t end = first + SPAN < vocab ? first + SPAN : vocab;
     if (is_truncated(draw)) return mass_of(logits, first, end, vocab, sharpness_of(draw->temperature));
     return draw->temperature > 0 ? best_of(logits, first, end, vocab, draw, 1) : best_of(logits, first, end, vocab, draw, 0);
 }
@@ -148,18 +151,18 @@ static int64_t collect(const float *logits, int64_t vocab, float sharpness, floa
     int64_t count = 0;
     for (int64_t i = 0; i < vocab; i += LANES) {
         const floats v = scores_at(logits, i, vocab, sharpness);
-        if (max_of(v) < least) continue;
+        if (!any_of(v >= least)) continue;
         for (int lane = 0; lane < LANES && i + lane < vocab; lane++)
             if (v[lane] >= least) found[count++] = (Candidate){v[lane], (int32_t)(i + lane)};
     }
     return count;
 }
 
-INLINE double share(const Candidate *candidate, float best) { return exponential(splat(candidate->score - best))[0]; }
+INLINE double share_of(const Candidate *candidate, float best) { return exponential(splat(candidate->score - best))[0]; }
 
 static double sum_shares(const Candidate *found, int64_t count, float best) {
     double sum = 0.0;
-    for (int64_t k = 0; k < count; k++) sum += share(found + k, best);
+    for (int64_t k = 0; k < count; k++) sum += share_of(found + k, best);
     return sum;
 }
 
@@ -169,20 +172,19 @@ static int64_t keep_best(const float *logits, int64_t vocab, const Draw *draw, f
     const float worst = draw->min_p > 0.0f ? best + logf(draw->min_p) : -INFINITY;
     const int is_cut = draw->top_k > 0 || draw->min_p > 0.0f, is_nucleus = draw->top_p < 1.0f;
     int64_t count = 0;
-    for (float depth = 8.0f, least = best; ; depth += 4.0f) { /* usually few tokens are near the best one */
-        least = depth < 88.0f ? best - depth : -INFINITY;
-        least = least > worst ? least : worst;
+    for (float depth = 8.0f;; depth += 4.0f) { /* usually few tokens are near the best one */
+        const float least = best - depth > worst ? best - depth : worst;
         count = collect(logits, vocab, sharpness_of(draw->temperature), least, found);
-        if (least <= worst || (draw->top_k > 0 && count >= draw->top_k)) break;
+        if (least <= worst || depth >= DEEPEST || (draw->top_k > 0 && count >= draw->top_k)) break;
         if (!is_cut && sum_shares(found, count, best) >= draw->top_p * total) break;
     }
     qsort(found, count, sizeof *found, by_score);
     if (draw->top_k > 0 && draw->top_k < count) count = draw->top_k;
     if (!is_nucleus) return count;
     const double limit = draw->top_p * (is_cut ? sum_shares(found, count, best) : total);
-    double sum = share(found, best);
+    double sum = share_of(found, best);
     int64_t kept = 1;
-    while (kept < count && sum < limit) sum += share(found + kept++, best);
+    while (kept < count && sum < limit) sum += share_of(found + kept++, best);
     return kept;
 }
 
@@ -229,7 +231,8 @@ typedef struct {
     float *scores; /* replaced */
     Draw draw;
     float sureness; /* what the sum is multiplied by */
-    float least;    /* score at the temperature below which nothing is drawn */
+    float least;    /* score at the temperature below which nothing would be drawn, were these the verifier's scores */
+    float outside;  /* what a score below that loses */
 } Noisy;
 
 /* The score of the last token that the row's draw would keep. */
@@ -251,8 +254,8 @@ static void perturb(const Noisy *row, const int64_t *tokens, int64_t first, int6
         memcpy(&steps, tokens + i, here * sizeof *tokens);
         steps = steps * GOLDEN + row->draw.key;
         const floats score = scores_at(row->scores, i, end, sharpness);
-        const floats noisy = (score + gumbel(uniform(&steps))) * row->sureness;
-        const floats v = choose(score < row->least, splat(-INFINITY), noisy);
+        const floats kept = choose(score < row->least, score - row->outside, score);
+        const floats v = (kept + gumbel(uniform(&steps))) * row->sureness;
         memcpy(row->scores + i, &v, here * sizeof *row->scores);
     }
 }

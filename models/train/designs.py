@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.checkpoint import load_heads, save_heads
+from models.checkpoint import CheckpointError, load_heads, read_heads, save_heads
 from models.drafters.resblock import ResBlockHeads
 from models.drafters.sequential import SequentialHeads, Shape
 from models.sequential_checkpoint import build_sequential, is_sequential, read_sequential, save_sequential
@@ -116,9 +116,15 @@ def load(path: Path, embedding: Tensor, lm_head: Tensor) -> AnyHeads:
     return load_heads(path, lm_head)
 
 
-def design_of(heads: AnyHeads) -> str:
-    """The name of their design in `DESIGNS`."""
-    return "sequential" if isinstance(heads, SequentialHeads) else "resblock"
+def check_trainable(path: Path) -> str:
+    """The design's name in `DESIGNS` of heads that training may go on from. Needs no model. Raises CheckpointError."""
+    if is_sequential(path):
+        read_sequential(path)
+        return "sequential"
+    found = read_heads(path)
+    if found.lm_heads or found.shared_lm_head is not None:
+        raise CheckpointError(f"The heads in {path} have LM heads of their own, which are not trained here.")
+    return "resblock"
 
 
 def rank(heads: AnyHeads, hidden: Tensor, tokens: NDArray[np.int64], counts: NDArray[np.bool_]) -> list[Text]:
@@ -130,7 +136,7 @@ def rank(heads: AnyHeads, hidden: Tensor, tokens: NDArray[np.int64], counts: NDA
 
 def describe(heads: AnyHeads) -> str:
     """What they are, whoever trained them."""
-    return DESIGNS[design_of(heads)].describe(heads)
+    return DESIGNS["sequential" if isinstance(heads, SequentialHeads) else "resblock"].describe(heads)
 
 
 def inner_layers(heads: AnyHeads) -> tuple[int, ...]:

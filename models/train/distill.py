@@ -124,6 +124,7 @@ class Distiller(ABC, Generic[H]):
         self._positions = np.flatnonzero(self._useful() & training[self._example])
         self._draft_index = self._invert(heads.token_ids.cpu().numpy(), int(cache.teacher_ids.max()) + 1)
         self._loss_sum, self._num_summed = 0.0, 0  # since the last evaluation
+        self._beginning = [value.double().sum().item() for value in heads.state_dict().values()]
         self._optimizer = torch.optim.AdamW(heads.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
     @property
@@ -245,7 +246,9 @@ class Distiller(ABC, Generic[H]):
     def _run_digest(self) -> str:
         """Of what decides the result: settings, shapes, draft vocabulary, text, what counts, what the model says."""
         tensors = [(name, value.shape, value.dtype) for name, value in self.heads.state_dict().items()]
-        digest = hashlib.blake2b(repr((self.recipe, self.heads.lm_head.dtype, tensors)).encode(), digest_size=16)
+        digest = hashlib.blake2b(
+            repr((self.recipe, self.heads.lm_head.dtype, tensors, self._beginning)).encode(), digest_size=16
+        )
         decisive: tuple[NDArray[Any], ...] = (self.heads.token_ids.cpu().numpy(), self._positions, self._teachable)
         for array in (*decisive, self._cache.starts, self._cache.tokens, self._cache.teacher_ids[:, 0]):
             digest.update(f"{array.shape}".encode() + array.tobytes())

@@ -32,7 +32,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from models.drafters.resblock import ResBlockHeads
 from models.inner import low_and_middle
 from models.quantize import Quantization
-from models.sequential_checkpoint import is_sequential
 from models.source import OWN_HEADS, resolve
 from models.train.acceptance import Text, measure_accuracies, tau_by_nodes
 from models.train.card import model_card
@@ -42,9 +41,9 @@ from models.train.designs import (
     DESIGNS,
     AnyHeads,
     Sizes,
+    check_trainable,
     count_parameters,
     describe,
-    design_of,
     in_float,
     inner_layers,
     load,
@@ -63,7 +62,7 @@ _SCORED_NODES = 8
 FEATURES = ("last", "low,mid,last")
 MAX_LENGTH = 1024  # tokens of one example; longer texts are cut
 _JOINT_SETTINGS = ("joint_epochs", "joint_lr", "joint_rows")
-_SHAPE = ("design", "num_heads", "num_layers", "features", "draft_vocab")
+_SHAPE = {"design": "sequential", "num_heads": 4, "num_layers": 1, "features": "last", "draft_vocab": 8192}
 _SETTINGS = (
     *("name", *_SHAPE, "quantization", "epochs", "batch_size", "lr", "seed", "evaluations", "patience"),
     *("validation_fraction", "all_positions", "dtype", "joint", *_JOINT_SETTINGS),
@@ -88,15 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--init", type=Path, metavar="HEADS", help="go on from these heads, whose design and sizes stay"
     )
-    parser.add_argument(
-        "--design", choices=DESIGNS, default="sequential", help="one recursive layer, or Medusa's residual blocks"
-    )
-    parser.add_argument("--num-heads", type=positive, default=4, help="tokens guessed ahead")
-    parser.add_argument("--num-layers", type=positive, default=1, help="residual blocks per head")
-    parser.add_argument(
-        "--features", choices=FEATURES, default="last", help="states of the model that residual heads see"
-    )
-    parser.add_argument("--draft-vocab", type=int, default=8192, help="tokens that heads can guess; 0 is all")
+    parser.add_argument("--design", choices=DESIGNS, help="one recursive layer (default), or Medusa's residual blocks")
+    parser.add_argument("--num-heads", type=positive, help="tokens guessed ahead (4)")
+    parser.add_argument("--num-layers", type=positive, help="residual blocks per head (1)")
+    parser.add_argument("--features", choices=FEATURES, help="states of the model that residual heads see (last)")
+    parser.add_argument("--draft-vocab", type=int, help="tokens that heads can guess (8192); 0 is all")
     parser.add_argument("--epochs", type=positive, help="by default what suits the design, as the next two")
     parser.add_argument("--batch-size", type=positive, help="positions per step")
     parser.add_argument("--lr", type=float)
@@ -146,8 +141,10 @@ def train(options: argparse.Namespace, console: Console, measure: Measure | None
     del frozen
 
     learned = replace(cache, counts=np.ones_like(cache.counts)) if options.all_positions else cache
-    design = design_of(heads)
-    distiller = DESIGNS[design].distiller(heads, learned, training, _recipe(options, design))
+    distiller = DESIGNS[options.design].distiller(heads, learned, training, _recipe(options))
+    if options.init is not None:
+        before = _score(_rank(heads, cache, judged))
+        console.print(f"before: held-out tau at {_SCORED_NODES} nodes {before:.3f}")
     _run(distiller, work / "state.pt", lambda: _score(_rank(heads, cache, judged)), options.resume, console)
     folder, joint = options.output, None
     if options.joint:
@@ -170,12 +167,12 @@ def train(options: argparse.Namespace, console: Console, measure: Measure | None
 
 def _check(options: argparse.Namespace) -> None:
     """Raise DataError or TrunkError for options that make no sense together or here."""
-    sequential = options.design == "sequential"
+    if options.init is not None and any(getattr(options, key) is not None for key in _SHAPE):
+        raise DataError(f"--init's heads keep their design and sizes: leave {', '.join(map(_flag, _SHAPE))} out.")
+    vars(options).update({key: value for key, value in _SHAPE.items() if getattr(options, key) is None})
     if options.init is not None:
-        if any(_is_chosen(options, key) for key in _SHAPE):
-            flags = ", ".join(map(_flag, _SHAPE))
-            raise DataError(f"--init's heads keep their design and sizes: leave {flags} out.")
-        sequential = is_sequential(options.init)
+        options.design = check_trainable(options.init)
+    sequential = options.design == "sequential"
     if sequential and options.num_layers != 1:
         raise DataError("--num-layers is for --design resblock: a sequential drafter has one layer.")
     if options.joint and (sequential or options.quantization != "none"):
@@ -195,10 +192,10 @@ def _load(options: argparse.Namespace) -> Frozen:
     return load_frozen(path, dtype, options.device, quantization=quantization, max_length=MAX_LENGTH)
 
 
-def _recipe(options: argparse.Namespace, design: str) -> Recipe:
+def _recipe(options: argparse.Namespace) -> Recipe:
     keys = ("epochs", "batch_size", "lr", "patience")
     chosen = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
-    return replace(DESIGNS[design].recipe, seed=options.seed, evaluations=options.evaluations, **chosen)
+    return replace(DESIGNS[options.design].recipe, seed=options.seed, evaluations=options.evaluations, **chosen)
 
 
 def _given_heads(frozen: Frozen, options: argparse.Namespace) -> AnyHeads | None:
@@ -317,7 +314,7 @@ def _write(
     if joint is not None:
         facts, card = facts | {"joint": joint.facts}, card + joint.card()
         joint.save(options.output, card)
-    DESIGNS[design_of(heads)].save(folder, heads, base_model=name, vocab_size=vocab_size, card=card, facts=facts)
+    DESIGNS[options.design].save(folder, heads, base_model=name, vocab_size=vocab_size, card=card, facts=facts)
 
 
 def _report(
@@ -376,8 +373,10 @@ def _command(options: argparse.Namespace) -> str:
 
 def _is_chosen(options: argparse.Namespace, key: str) -> bool:
     """Whether an option is other than by default."""
+    if options.init is not None and key in _SHAPE:
+        return False
     value = getattr(options, key)
-    return value is not None and value != _parser().get_default(key)
+    return value is not None and value != _SHAPE.get(key, _parser().get_default(key))
 
 
 def _flag(key: str) -> str:

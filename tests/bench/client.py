@@ -50,7 +50,7 @@ class Side:
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def request(self, prompt: Prompt, max_tokens: int) -> bytes:
-        """A greedy, streamed request that reports its usage, as it goes over the wire."""
+        """A streamed request that reports its usage, as it goes over the wire; greedy unless `extra` says otherwise."""
         body = {
             "model": self.model,
             "messages": prompt.messages,

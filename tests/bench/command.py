@@ -46,6 +46,11 @@ def sampling(options: argparse.Namespace) -> dict[str, object]:
     return {"temperature": options.temperature, "top_p": options.top_p, "seed": 1}
 
 
+def sampling_in_words(options: argparse.Namespace) -> str:
+    """One line above a table."""
+    return f"temperature {options.temperature:g}, top_p {options.top_p:g}" if options.temperature else "greedy"
+
+
 def integers(text: str) -> tuple[int, ...]:
     """'1,2,4' as (1, 2, 4), each at least 1."""
     values = tuple(int(part) for part in text.split(","))

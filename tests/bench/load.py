@@ -32,7 +32,17 @@ from models.train.machine import this_machine
 from server.engine.controller import bucket, bucket_name
 from tests.bench import jump, report
 from tests.bench.client import BenchError, Side
-from tests.bench.command import add_options, add_sampling, collect, end_orderly, output, progress, write
+from tests.bench.command import (
+    add_options,
+    add_sampling,
+    collect,
+    end_orderly,
+    output,
+    progress,
+    sampling,
+    sampling_in_words,
+    write,
+)
 from tests.bench.launch import Program, ours, serving
 from tests.bench.measure import Round, measure
 from tests.bench.random_heads import write_random_heads
@@ -90,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 found = asyncio.run(measured(field(server.port, options), options))
     except (BenchError, ModelSourceError, httpx.HTTPError, OSError) as error:
         sys.exit(f"bench: {str(error) or type(error).__name__}")
-    publish(started, found, options.json)
+    publish(started, found, options)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -157,18 +167,18 @@ def _told(item: Round, before: Said, after: Said) -> Told:
     return Told(item.side, item.concurrency, item.index, *said)
 
 
-def publish(program: Program, found: Found, path: Path | None) -> None:
+def publish(program: Program, found: Found, options: argparse.Namespace) -> None:
     """The tables on stdout and, if asked for, everything in a file."""
     machine = this_machine()
     twins = {item.side: PLAIN for item in found.rounds if item.side != PLAIN}
     summaries = report.summarize(found.rounds, [PLAIN], twins, report.STEADY)
-    output().print(str(machine), table(summaries, found.told), sep="\n")
+    output().print(str(machine), sampling_in_words(options), table(summaries, found.told), sep="\n")
     if all(item.mean_acceptance_length is None for item in summaries):
         output().print("No guess was verified: the server has no heads, or none of their guesses paid.")
     if found.phases:
         output().print(jump_table(found.phases))
     content = {"summaries": summaries, "told": found.told, "phases": found.phases, "rounds": found.rounds}
-    write(path, {"machine": machine, "program": program, **content})
+    write(options.json, {"machine": machine, "program": program, "sampling": sampling(options), **content})
 
 
 def table(summaries: Sequence[Summary], told: Sequence[Told]) -> Table:

@@ -11,14 +11,22 @@ import asyncio
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 
 from models.train.machine import this_machine
 from tests.bench import report
 from tests.bench.client import BenchError, Side, served_model
-from tests.bench.command import add_options, add_sampling, collect, end_orderly, output, sampling, write
+from tests.bench.command import (
+    add_options,
+    add_sampling,
+    collect,
+    end_orderly,
+    output,
+    sampling,
+    sampling_in_words,
+    write,
+)
 from tests.bench.launch import ours, serving
 from tests.bench.measure import Round, measure
 from tests.bench.workload import Plan, read_prompts
@@ -35,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rounds = asyncio.run(collect(measure(sides(port, options), plan(options))))
     except (BenchError, httpx.HTTPError, OSError) as error:
         sys.exit(f"bench: {str(error) or type(error).__name__}")
-    publish(rounds, options.json)
+    publish(rounds, options)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -73,14 +81,14 @@ def sides(port: int, options: argparse.Namespace) -> list[Side]:
     return [Side(name, port, model, {**fields, "speculation": mode}) for name, mode in speculations.items()]
 
 
-def publish(rounds: Sequence[Round], path: Path | None) -> None:
+def publish(rounds: Sequence[Round], options: argparse.Namespace) -> None:
     """The table on stdout and, if asked for, everything in a file."""
     twins = {item.side: PLAIN for item in rounds if item.side != PLAIN}
     machine, summaries = this_machine(), report.summarize(rounds, [PLAIN], twins)
-    output().print(str(machine), report.table(summaries), sep="\n")
+    output().print(str(machine), sampling_in_words(options), report.table(summaries), sep="\n")
     if all(item.mean_acceptance_length is None for item in summaries):
         output().print("No guess was verified: the server has no heads, so both sides decoded plainly.")
-    write(path, {"machine": machine, "summaries": summaries, "rounds": rounds})
+    write(options.json, {"machine": machine, "sampling": sampling(options), "summaries": summaries, "rounds": rounds})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ def test_the_command_compares_tree_sizes_with_plain_decoding(tmp_path, capsys: p
     assert {(body["temperature"], body["top_p"], body["seed"]) for body in bodies} == {(0.7, 0.9, 1)}
     output = capsys.readouterr().out
     assert written["machine"]["cpu"] in output
+    assert written["sampling"]["temperature"] == 0.7
+    assert "temperature 0.7, top_p 0.9" in output
     assert "| medusa, 8 nodes |" in output
     assert "no heads" not in output
 

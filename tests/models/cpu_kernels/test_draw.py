@@ -91,6 +91,20 @@ def test_numbers_that_are_none_break_nothing(way: str) -> None:
     assert ((drawn >= 0) & (drawn < VOCAB)).all()
 
 
+@pytest.mark.parametrize(
+    "params", [SamplingParams(9, min_p=0.01), SamplingParams(9, min_p=1.0), SamplingParams(9, top_p=0.5)]
+)
+def test_the_best_token_is_found_beside_one_that_is_no_number(params: SamplingParams) -> None:
+    lanes = [(best, none) for best in range(16) for none in range(16) if best != none]
+    raw = torch.zeros(len(lanes), 64)
+    for row, (best, none) in zip(raw, lanes, strict=True):
+        row[best], row[none] = 100.0, math.nan
+    drawn = sample(raw, rows(params, len(lanes)), in_c=True).tolist()
+    assert all(0 <= token < 64 for token in drawn)
+    if params.min_p:
+        assert sum(token == best for token, (best, _) in zip(drawn, lanes, strict=True)) > len(lanes) / 2
+
+
 def test_noise_is_of_every_64_bit_key() -> None:
     raw = logits(4, 0.1)
     for seed in (0, 2**63, 2**64 - 1):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.drafters.calibration import KINDS
 from models.drafters.drafter import Ask
-from models.drafters.growth import HEARD
+from models.drafters.growth import HEARD, NOISY_SURENESS
 from models.drafters.medusa import DraftRow
 from models.drafters.sequential import SequentialHeads, Shape
 from models.drafters.sequential_drafter import SequentialDrafter, TorchGuesser, scratch_slots
@@ -192,7 +192,7 @@ def test_a_mask_holds_and_noise_is_the_verifiers(heads: SequentialHeads) -> None
     allowed = torch.arange(0, VOCAB, 4)
     logits = log_shares(heads, each.text, each.states[:6], [])
     logits = torch.where(torch.isin(heads.token_ids, allowed), logits, -torch.inf).log_softmax(-1)
-    noisy = 0.75 * (logits / 0.7 + gumbel_from_keys([noise_key(5, 0, 7)], heads.token_ids)[0])
+    noisy = NOISY_SURENESS * (logits / 0.7 + gumbel_from_keys([noise_key(5, 0, 7)], heads.token_ids)[0])
     first = [guess for guess in guesses if guess.parent < 0]
     best = noisy.softmax(-1).topk(len(first))
     assert len(first) > 2
@@ -228,7 +228,7 @@ def test_trees_grown_in_c_are_those_grown_in_python(heads: SequentialHeads, num_
         if not is_grown_in_c:
             made._grower = None
         torch.manual_seed(2)
-        _, plays = play(heads, [31, 2, 12, 9])
+        _, plays = play(heads, [31, 2, 12, 9, 7])
         mask = Mask(VOCAB, tuple(range(0, VOCAB, 4)), (), torch.device("cpu"))  # with one: grown in Python always
         drafts = []
         for accepted in (0, 2, 1):
@@ -237,8 +237,13 @@ def test_trees_grown_in_c_are_those_grown_in_python(heads: SequentialHeads, num_
                 each.text += [5] * accepted
                 each.compute(len(each.text) - 1 - len(each.slots))
             asks = [each.ask(num_nodes, least_value=least_value) for each in plays]
-            asks[1] = plays[1].ask(num_nodes, SamplingParams(9, temperature=0.5, seed=3, choice=2), None, least_value)
-            asks[2] = plays[2].ask(num_nodes, SamplingParams(9, temperature=1.5, top_p=0.9, top_k=6), None, least_value)
+            noisy = {
+                1: SamplingParams(9, temperature=0.5, seed=3, choice=2),
+                2: SamplingParams(9, temperature=1.5, top_p=0.9, min_p=0.01),
+                4: SamplingParams(9, temperature=0.3, top_k=1),
+            }
+            for place, params in noisy.items():
+                asks[place] = plays[place].ask(num_nodes, params, None, least_value)
             asks[3] = plays[3].ask(num_nodes, GREEDY, mask, least_value)
             drafts.append(made.grown(asks))
         found.append(drafts)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from models.checkpoint import WEIGHTS_NAME, load_heads
@@ -210,12 +210,16 @@ def test_a_sequential_drafter_is_trained_resumed_and_evaluated(
 
 
 @pytest.mark.parametrize("design", [["--design", "resblock", "--num-layers", "2"], SEQUENTIAL])
-def test_heads_go_on_from_given_ones(command: list[str], tmp_path: Path, design: list[str]) -> None:
+def test_heads_go_on_from_given_ones(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], design: list[str]
+) -> None:
     assert heads.main([*command, *design]) == 0
     first, again = tmp_path / "heads", tmp_path / "again"
     data = [*command[:3], "--device", "cpu", "--validation-fraction", "0.3", "--batch-size", "256", "--epochs", "1"]
     assert heads.main([*data, "--lr", "0.001", "--init", str(first), "--output", str(again)]) == 0
     before, after = (json.loads((folder / "config.json").read_text())["training"] for folder in (first, again))
+    tau = before["held_out_tau_8_nodes"][-1]
+    assert f"before: held-out tau at 8 nodes {tau:.2f}" in capsys.readouterr().out
     assert after["losses"][0] < before["losses"][0]  # of a first epoch
     assert after["held_out_tau_8_nodes"][0] > before["held_out_tau_8_nodes"][0]
     assert (before["positions_before"], after["positions_before"]) == (0, before["positions"])
@@ -225,10 +229,23 @@ def test_heads_go_on_from_given_ones(command: list[str], tmp_path: Path, design:
     assert f"after {before['positions']} that" in card
 
 
+def test_heads_that_training_cannot_go_on_from_are_refused(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert heads.main([*command, "--epochs", "1"]) == 0
+    data = [*command[:3], "--device", "cpu", "--output", str(tmp_path / "again")]
+    assert heads.main([*data, "--init", str(tmp_path / "absent")]) == 2
+    assert "nothing at" in capsys.readouterr().err
+    file = tmp_path / "heads" / WEIGHTS_NAME
+    save_file(load_file(file) | {"lm_head.weight": torch.zeros(40, 32)}, file)
+    assert heads.main([*data, "--init", str(tmp_path / "heads")]) == 2
+    assert "LM heads of their own" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--init", "absent", "--num-layers", "2"], "leave --design, --num-heads,"),
+        (["--init", "absent"], "leave --design, --num-heads,"),  # which are what they are by default
         (["--design", "sequential", "--num-layers", "2"], "has one layer"),
         (["--quantization", "int8", "--device", "meta"], "is for --device cpu"),
         (["--design", "sequential", "--features", "low,mid,last"], "sees the last state"),
