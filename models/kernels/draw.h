@@ -89,19 +89,16 @@ INLINE floats scores_at(const float *logits, int64_t first, int64_t vocab, float
 /* 1 / temperature, as far as products with it stay finite; of none, 1. */
 INLINE float sharpness_of(float temperature) { return temperature > 1e-30f ? 1.0f / temperature : temperature > 0 ? 1e30f : 1.0f; }
 
-INLINE longs steps_from(int64_t first) {
-    longs steps;
-    for (int lane = 0; lane < LANES; lane++) steps[lane] = (uint64_t)(first + lane) * GOLDEN;
-    return steps;
-}
-
 /* The best token of a part, the first of equals. */
 INLINE Part best_of(const float *logits, int64_t first, int64_t end, int64_t vocab, const Draw *draw, const int is_noisy) {
     const float sharpness = sharpness_of(draw->temperature);
     floats best = splat(-INFINITY), bar = best;
-    ints tokens = {0}, here;
-    longs steps = steps_from(first) + draw->key;
-    for (int lane = 0; lane < LANES; lane++) here[lane] = (int32_t)first + lane;
+    ints tokens = {0}, here = {0};
+    longs steps = {0};
+    for (int lane = 0; lane < LANES; lane++) {
+        here[lane] = (int32_t)first + lane;
+        steps[lane] = (uint64_t)(first + lane) * GOLDEN + draw->key;
+    }
     for (int64_t i = first; i < end; i += LANES, here += LANES, steps += (uint64_t)LANES * GOLDEN) {
         floats v = scores_at(logits, i, vocab, sharpness);
         if (is_noisy) {
