@@ -301,12 +301,7 @@ void medusa_best(const float *scores, int64_t rows, int64_t width, int64_t vocab
             for (; place > 0 && scores[i] > scores[best[place - 1]]; place--) best[place] = best[place - 1];
             best[place] = i;
         }
-        const float most = scores[best[0]];
-        floats sums = splat(0.0f);
-        int64_t i = 0;
-        for (; i + LANES <= vocab; i += LANES) sums += exponential((load(scores + i) - most) * sharpness);
-        float total = sum_of(sums);
-        for (; i < vocab; i++) total += exponential(splat((scores[i] - most) * sharpness))[0];
+        const float most = scores[best[0]], total = mass_below(scores, 0, vocab, vocab, sharpness, most * sharpness);
         for (int64_t k = 0; k < count; k++) shares[k] = exponential(splat((scores[best[k]] - most) * sharpness))[0] / total;
     }
 }

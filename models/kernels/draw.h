@@ -118,13 +118,18 @@ INLINE Part best_of(const float *logits, int64_t first, int64_t end, int64_t voc
     return part;
 }
 
+/* The sum of e^(score - best) over a part. */
+INLINE float mass_below(const float *logits, int64_t first, int64_t end, int64_t vocab, float sharpness, float best) {
+    floats sum = splat(0.0f);
+    for (int64_t i = first; i < end; i += LANES) sum += exponential(scores_at(logits, i, vocab, sharpness) - best);
+    return sum_of(sum);
+}
+
 static Part mass_of(const float *logits, int64_t first, int64_t end, int64_t vocab, float sharpness) {
-    floats most = splat(-INFINITY), sum = splat(0.0f);
+    floats most = splat(-INFINITY);
     for (int64_t i = first; i < end; i += LANES) most = larger(scores_at(logits, i, vocab, sharpness), most);
     const float best = max_of(most);
-    for (int64_t i = first; i < end && best > -INFINITY; i += LANES)
-        sum += exponential(scores_at(logits, i, vocab, sharpness) - best);
-    return (Part){best, sum_of(sum), 0};
+    return (Part){best, best > -INFINITY ? mass_below(logits, first, end, vocab, sharpness, best) : 0.0f, 0};
 }
 
 static int is_truncated(const Draw *draw) {

@@ -136,7 +136,8 @@ def train(options: argparse.Namespace, console: Console, measure: Measure | None
         bar = _bar(progress, "Running the trunk")
         cache = build_cache(frozen.trunk, examples, work / "trunk", inner_layers=inner, progress=bar)
     training = np.array([not example.held_out for example in examples])
-    heads = heads or _new_heads(frozen, cache, training, options)
+    if heads is None:
+        heads = _new_heads(frozen, cache, training, options)
     vocab_size = len(frozen.lm_head)
     del frozen
 
@@ -172,14 +173,13 @@ def _check(options: argparse.Namespace) -> None:
     vars(options).update({key: value for key, value in _SHAPE.items() if getattr(options, key) is None})
     if options.init is not None:
         options.design = check_trainable(options.init)
-    sequential = options.design == "sequential"
-    if sequential and options.num_layers != 1:
+    if options.design == "sequential" and options.num_layers != 1:
         raise DataError("--num-layers is for --design resblock: a sequential drafter has one layer.")
-    if options.joint and (sequential or options.quantization != "none"):
+    if options.joint and (options.design != "resblock" or options.quantization != "none"):
         raise DataError("--joint is for --design resblock and --quantization none: Medusa-2 is made of these.")
     if not options.joint and any(getattr(options, key) is not None for key in _JOINT_SETTINGS):
         raise DataError("--joint-epochs, --joint-lr and --joint-rows are for --joint: add it, or leave them out.")
-    if sequential and options.features != "last":
+    if options.design == "sequential" and options.features != "last":
         raise DataError("--features is for --design resblock: a sequential drafter sees the last state.")
     if options.quantization != "none" and options.device != "cpu":
         raise DataError(f"--quantization {options.quantization} is for --device cpu: leave one of them out.")
@@ -362,21 +362,15 @@ def _command(options: argparse.Namespace) -> str:
     """The call that repeats this run, folders aside."""
     files = [file.name for file in options.data]
     words = ["medusa-serve", "train", "heads", options.model, "--data", *files, "--output", "DIR"]
+    usual = vars(_parser().parse_args(["x", "--data", "x", "--output", "x"])) | _SHAPE
     if options.init is not None:
         words += ["--init", options.init.resolve().name]
+        usual |= {key: getattr(options, key) for key in _SHAPE}  # which --init decides
     for key in _SETTINGS:
-        if _is_chosen(options, key):
-            value = getattr(options, key)
+        value = getattr(options, key)
+        if value is not None and value != usual[key]:
             words += [_flag(key), *([] if value is True else [str(value)])]
     return shlex.join(words)
-
-
-def _is_chosen(options: argparse.Namespace, key: str) -> bool:
-    """Whether an option is other than by default."""
-    if options.init is not None and key in _SHAPE:
-        return False
-    value = getattr(options, key)
-    return value is not None and value != _SHAPE.get(key, _parser().get_default(key))
 
 
 def _flag(key: str) -> str:
