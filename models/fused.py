@@ -274,7 +274,7 @@ class FusedSequential(FusedLayers):
 
     def best(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """[n, at least draft_vocab] -> the `count` best and their shares of the softmax, [n, count]."""
-        return cpu.best(scores, len(self._token_ids), count, 1.0)
+        return cpu.best(scores, len(self._token_ids), count)
 
 
 def _ask_struct(chain: Chain) -> cpu.AskStruct:

@@ -281,9 +281,9 @@ void medusa_guess(int threads, const Drafter *drafter, const Step *step, const B
 }
 
 /* Of each row of scores [rows][width], of which `vocab` count, the `count` largest, best first, and their shares in the
- * softmax of `sharpness` times the scores. */
-void medusa_best(const float *scores, int64_t rows, int64_t width, int64_t vocab, int64_t count, float sharpness,
-                 int64_t *best, float *shares) {
+ * softmax of the scores. */
+void medusa_best(const float *scores, int64_t rows, int64_t width, int64_t vocab, int64_t count, int64_t *best,
+                 float *shares) {
     enum { RUN = 4 * LANES };
     for (int64_t row = 0; row < rows; row++, scores += width, best += count, shares += count) {
         int64_t found = 0;
@@ -301,8 +301,8 @@ void medusa_best(const float *scores, int64_t rows, int64_t width, int64_t vocab
             for (; place > 0 && scores[i] > scores[best[place - 1]]; place--) best[place] = best[place - 1];
             best[place] = i;
         }
-        const float most = scores[best[0]], total = mass_below(scores, 0, vocab, vocab, sharpness, most * sharpness);
-        for (int64_t k = 0; k < count; k++) shares[k] = exponential(splat((scores[best[k]] - most) * sharpness))[0] / total;
+        const float most = scores[best[0]], total = mass_below(scores, 0, vocab, vocab, 1.0f, most);
+        for (int64_t k = 0; k < count; k++) shares[k] = exponential(splat(scores[best[k]] - most))[0] / total;
     }
 }
 
@@ -377,7 +377,7 @@ void medusa_draft(int threads, const Drafter *drafter, const Rules *rules, const
         medusa_guess(threads, drafter, &round.step, b, round.tokens, round.inputs, &asked);
         const int64_t num_noisy = list_noisy(&grove, &round, outputs, noisy);
         if (num_noisy) add_noise(threads, noisy, num_noisy, token_ids, vocab);
-        medusa_best(round.logits, round.num_opened, outputs, vocab, rules->ranks, 1.0f, round.best, round.shares);
+        medusa_best(round.logits, round.num_opened, outputs, vocab, rules->ranks, round.best, round.shares);
         for (int64_t k = 0; k < round.num_opened; k++) {
             const int64_t i = round.owners[k], node = round.nodes[k];
             *(node < 0 ? grove.root_states + i : &grove.nodes[i * grove.most + node].state) = grove.num_states++;

@@ -290,14 +290,14 @@ class Asked:
         )
 
 
-def best(scores: Tensor, vocab: int, count: int, sharpness: float) -> tuple[Tensor, Tensor]:
-    """scores: [rows, at least vocab] -> the `count` best, and their shares of softmax(sharpness * scores).
+def best(scores: Tensor, vocab: int, count: int) -> tuple[Tensor, Tensor]:
+    """scores: [rows, at least vocab] -> the `count` best, and their shares of softmax(scores).
 
     Both are [rows, count]; `count` is at most `vocab`.
     """
     found, shares = torch.empty(len(scores), count, dtype=torch.int64), torch.empty(len(scores), count)
     sizes = map(c_int64, (len(scores), scores.stride(0), vocab, count))
-    kernels().medusa_best(address(scores), *sizes, c_float(sharpness), address(found), address(shares))
+    kernels().medusa_best(address(scores), *sizes, address(found), address(shares))
     return found, shares
 
 
