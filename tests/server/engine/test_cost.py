@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.cost import LEARNED_AT_ONCE, ROWS, CostModel, Curve, Load, Measured, isotonic, total
+from server.engine.cost import FEW, LEARNED_AT_ONCE, ROWS, CostModel, Curve, Load, Measured, isotonic, total
 
 NOTHING = (0.0, 0.0, 0.0, 0.0)
 
@@ -51,7 +51,8 @@ def test_between_measurements_and_beyond_them_lines_are_drawn() -> None:
     assert [curve.seconds(x) for x in (1, 4, 8, 16)] == pytest.approx([1.5, 3.0, 5.0, 9.0])
     assert curve.seconds(64) == pytest.approx(33.0)
     assert curve.line(3, 5) == pytest.approx([2.5, 3.0, 3.5, 4.0, 4.5, 5.0])
-    assert curve.line(30, 4) == pytest.approx([curve.seconds(x) for x in range(30, 35)])
+    for start, count in ((30, 4), (2, FEW), (2, FEW + 1), (1, 31), (20, 20)):
+        assert curve.line(start, count) == pytest.approx([curve.seconds(start + i) for i in range(count + 1)])
 
 
 def test_more_rows_never_cost_less() -> None:
